@@ -1,0 +1,29 @@
+"Everything that this file needs to know stands in settings.ini."
+from configparser import ConfigParser
+from pathlib import Path
+
+from setuptools import setup
+
+here = Path(__file__).parent
+config = ConfigParser(delimiters=["="])
+config.read(here / "settings.ini", encoding="utf-8")
+cfg = config["DEFAULT"]
+
+setup(
+    name=cfg["lib_name"],
+    version=cfg["version"],
+    description=cfg["description"],
+    long_description=(here / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    author=cfg["author"],
+    license="Apache-2.0",
+    keywords=cfg["keywords"],
+    packages=["dfcnn"],
+    package_data={"dfcnn": ["targets.csv"]},
+    python_requires=f">={cfg['min_python']},<3.13",
+    install_requires=cfg["requirements"].split(),
+    extras_require={
+        "dev": cfg["dev_requirements"].split(),
+        "huggingface_hub": cfg["huggingface_hub_requirements"].split(),
+    },
+)
