@@ -13,7 +13,7 @@ from .core import stream_seed
 from .images import Images, cached
 
 # %% auto #0
-__all__ = ['OUTLINES', 'HOLLOW', 'TEXTURES', 'SHAPES_CLASSES', 'SHAPES_HOME_CLASSES', 'draw', 'shapes', 'shapes_home']
+__all__ = ['OUTLINES', 'HOLLOW', 'TEXTURES', 'SHAPES_CLASSES', 'SHAPES_HOME_CLASSES', 'DRAWING', 'draw', 'shapes', 'shapes_home']
 
 # %% ../nbs/02_shapes.ipynb #a58c0829
 def _polygon(n: int, a: np.ndarray) -> np.ndarray:
@@ -109,11 +109,14 @@ def _draw_all(classes: list[str], parts: dict[str, tuple[int, int]], size: int, 
     return Images(torch.from_numpy(np.concatenate(x)), torch.tensor(y), torch.tensor(part), list(classes), list(parts))
 
 
+DRAWING = 1  # raise this when the drawing changes, so that images kept from before are made again
+
+
 def shapes() -> Images:
     "The stand-in for CIFAR-100: 32x32, 100 classes, 50 images of each to train and validate on, 30 to test."
-    return cached("shapes-1", lambda: _draw_all(SHAPES_CLASSES, {"train": (50, 4), "test": (30, 4)}, 32, "shapes"))
+    return cached(f"shapes-{DRAWING}", lambda: _draw_all(SHAPES_CLASSES, {"train": (50, 4), "test": (30, 4)}, 32, "shapes"))
 
 
 def shapes_home() -> Images:
     "The stand-in for Office-Home: 128x128, 65 classes, 40 images of each in each of two domains."
-    return cached("shapes-home-1", lambda: _draw_all(SHAPES_HOME_CLASSES, {"plain": (40, 0), "cluttered": (40, 8)}, 128, "shapes-home"))
+    return cached(f"shapes-home-{DRAWING}", lambda: _draw_all(SHAPES_HOME_CLASSES, {"plain": (40, 0), "cluttered": (40, 8)}, 128, "shapes-home"))
