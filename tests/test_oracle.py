@@ -1,0 +1,197 @@
+"""The authors' own TensorFlow code as the judge: same weights in, same filters, logits, gradients and updates out.
+
+The files hold TensorFlow's layouts. Images are NHWC; conv filters (h, w, cin, cout); deconvolution filters (h, w, out, in); fully
+connected weights (in, out), the first of them on features flattened in NHWC order.
+"""
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from dfcnn.dfcnn import DFCNN
+from dfcnn.learner import sum_cross_entropy
+from dfcnn.networks import ARCHITECTURES, conv_block
+from dfcnn.optimizer import RMSProp, inverse_time_decay
+from dfcnn.sharing import HPS, STL
+
+ARCH = ARCHITECTURES["cifar100"]
+LR, DECAY = 1e-4, 2.5e-4
+METHODS = {"dfcnn": DFCNN, "stl": STL, "hps": HPS}
+
+
+class Oracle(dict):
+    "Arrays by key, out of one or several files."
+
+    def __init__(self, folder, *names):
+        for name in names:
+            with np.load(folder / f"{name}.npz", allow_pickle=False) as z:
+                self.update(z)
+
+
+def to_torch(name: str, a: np.ndarray) -> torch.Tensor:
+    "One variable, from TensorFlow's layout to ours."
+    a = torch.from_numpy(np.asarray(a))
+    if name.startswith("KB"):
+        return a[0].permute(2, 0, 1)  # (1, h, w, c) -> (c, h, w)
+    if name.endswith("TS_DeconvW"):
+        return a.permute(3, 2, 0, 1)  # (h, w, out, in) -> (in, out, h, w)
+    if name.endswith("TS_ConvW"):
+        return a  # (c, cin, cout)
+    if name.endswith("fc0.W"):  # rows in (h, w, c) order -> (c, h, w) order
+        side = int((len(a) / ARCH.channels[-1]) ** 0.5)
+        return a.unflatten(0, (side, side, -1)).permute(3, 2, 0, 1).flatten(1)
+    if re.search(r"fc\d\.W$", name):
+        return a.T
+    if re.search(r"conv\d\.W$", name):
+        return a.permute(3, 2, 0, 1)  # (h, w, cin, cout) -> (cout, cin, h, w)
+    return a.flatten()  # biases
+
+
+def to_tf(name: str, p: torch.Tensor, shape: tuple[int, ...]) -> np.ndarray:
+    "The way back, by moving every element where `to_torch` took it from."
+    place = to_torch(name, np.arange(np.prod(shape)).reshape(shape)).flatten().numpy()
+    out = np.empty(np.prod(shape), np.float32)
+    out[place] = p.detach().flatten().numpy()
+    return out.reshape(shape)
+
+
+def parameter(net, name: str) -> torch.nn.Parameter:
+    "Our parameter for the authors' variable `name`."
+    if m := re.match(r"KB(\d)$", name):
+        return net.kb[int(m[1])]
+    owner, layer, kind = name.split(".", 2)
+    kind, (layer, i) = kind.removeprefix("conv_"), (layer[:-1], int(layer[-1]))
+    owner = net if owner == "shared" else net.tasks[int(owner[1:])]
+    if layer == "fc":
+        return getattr(owner.head, kind)[i]
+    if isinstance(net, DFCNN):
+        names = {"TS_DeconvW": "V", "TS_Deconvb": "deconv_bias", "TS_ConvW": "U", "b": "bias"}
+        return getattr(owner.generators[i], names[kind])
+    return getattr(owner.conv, kind)[i]
+
+
+def load(net, z: Oracle) -> dict[str, tuple[int, ...]]:
+    "Set every parameter to the authors' initial value; the shapes of their variables."
+    shapes = {k[5:]: v.shape for k, v in z.items() if k.startswith("init/")}
+    with torch.no_grad():
+        for name in shapes:
+            p, value = parameter(net, name), to_torch(name, z[f"init/{name}"])
+            assert p.shape == value.shape, name
+            p.copy_(value)
+    assert len(shapes) == len(list(net.parameters())), "a parameter of ours has no counterpart"
+    return shapes
+
+
+def assert_close(ours, theirs, what, rtol=1e-4):
+    "Largest difference at most `rtol` of the largest value."
+    ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
+    scale = max(np.abs(theirs).max(), 1e-12)
+    assert np.abs(ours - theirs).max() <= rtol * scale, f"{what}: off by {np.abs(ours - theirs).max() / scale:.1e}"
+
+
+def compare(z: Oracle, prefix: str, values: dict[str, np.ndarray], rtol=1e-4) -> int:
+    "Check all that the files hold under `prefix`, sampled or whole; the number of variables checked."
+    seen = 0
+    for name, ours in values.items():
+        if f"{prefix}/{name}" in z:
+            assert_close(ours, z[f"{prefix}/{name}"], f"{prefix}/{name}", rtol)
+        elif f"{prefix}/{name}@idx4k" in z:
+            assert_close(ours.ravel()[z[f"idx4k/{name}"]], z[f"{prefix}/{name}@idx4k"], f"{prefix}/{name}", rtol)
+            total, norm = z[f"{prefix}/{name}@sum_l2"]
+            assert abs(np.linalg.norm(ours.astype(np.float64)) - norm) <= rtol * norm, f"{prefix}/{name}: norm"
+            assert abs(ours.sum(dtype=np.float64) - total) <= rtol * norm * ours.size ** 0.5, f"{prefix}/{name}: sum"
+        else:
+            continue
+        seen += 1
+    return seen
+
+
+@pytest.fixture(params=METHODS)
+def setup(request, shared):
+    files = ["dfcnn_cifar100_10_init", "dfcnn_cifar100_10_steps"] if request.param == "dfcnn" else [f"{request.param}_cifar100_10"]
+    z = Oracle(shared / "oracle", *files)
+    net = METHODS[request.param](ARCH, seed=0)
+    net.add_task()
+    net.add_task()
+    shapes = load(net, z)
+    batch = {t: (torch.from_numpy(z[f"x/t{t}"]).permute(0, 3, 1, 2), torch.from_numpy(z[f"y/t{t}"]).long()) for t in (0, 1)}
+    return net.eval(), z, shapes, batch
+
+
+def in_tf(net, shapes, of=lambda p: p):
+    "Our parameters (or their gradients) in TensorFlow's layouts, where there is something."
+    ours = {name: of(parameter(net, name)) for name in shapes}
+    return {name: to_tf(name, v, shapes[name]) for name, v in ours.items() if v is not None}
+
+
+def test_forward(setup):
+    net, z, _, batch = setup
+    for t in (0, 1):
+        x = batch[t][0]
+        assert_close(net(x, t).detach(), z[f"logits/t{t}"], f"logits of task {t}")
+        for layer, ((W, b), pool) in enumerate(zip(net.filters(t), ARCH.pools)):
+            if f"filter/t{t}.conv{layer}.W" in z:
+                assert_close(W.detach().permute(2, 3, 1, 0), z[f"filter/t{t}.conv{layer}.W"], f"filter {layer} of task {t}", 1e-6)
+            x = conv_block(x, W, b, pool)
+            if f"convout/t{t}.conv{layer}" in z:
+                assert_close(x[:2].detach().permute(0, 2, 3, 1), z[f"convout/t{t}.conv{layer}"], f"conv block {layer}")
+
+
+def test_loss_and_gradients(setup):
+    net, z, shapes, batch = setup
+    x, y = batch[0]
+    assert_close(F.cross_entropy(net(x, 0), y, reduction="none").detach(), z["loss/t0_vector"], "loss of each image")
+    loss = sum_cross_entropy(net(x, 0), y)
+    assert_close(loss.detach(), z["loss/t0_sum"], "summed loss")
+    loss.backward()
+    gradients = in_tf(net, shapes, lambda p: p.grad)
+    assert compare(z, "grad0", gradients) == len(gradients)
+
+
+def test_updates(setup):
+    net, z, shapes, batch = setup
+
+    def update(task, optimizer):
+        net.zero_grad()
+        sum_cross_entropy(net(batch[task][0], task), batch[task][1]).backward()
+        optimizer.step()
+
+    before = in_tf(net, shapes)
+    first = RMSProp(net.trains(0), lr=LR)
+    for step in (1, 2, 3):
+        update(0, first)
+        if step != 2:
+            values, trained = in_tf(net, shapes), in_tf(net, shapes, lambda p: p.grad)
+            assert compare(z, f"step{step}", values) == len(trained)
+            moved = {k: values[k] - before[k] for k in values}  # the way that was gone, not only where it led
+            theirs = {k: z[f"step{step}/{k}"] - z[f"init/{k}"] for k in values if f"step{step}/{k}" in z}
+            for k, way in theirs.items():
+                assert_close(moved[k], way, f"way of {k} in {step} steps", 5e-3)
+    assert_close(F.cross_entropy(net(batch[0][0], 0), batch[0][1], reduction="none").detach(), z["loss/t0_vector_after_step3"], "loss")
+
+    if any(k.startswith("t1grad/") for k in z):  # the second task: its own optimizer state, for the shared tensors too
+        update(1, RMSProp(net.trains(1), lr=inverse_time_decay(LR, DECAY, 5.0)))
+        shared = {k: v for k, v in in_tf(net, shapes, lambda p: p.grad).items() if f"t1grad/{k}" in z or f"t1grad/{k}@idx4k" in z}
+        assert compare(z, "t1grad", shared) == len(shared) > 0
+        assert compare(z, "t1step", in_tf(net, shapes)) == len(list(net.trains(1)))
+
+
+def test_initial_values_are_drawn_as_theirs(setup):
+    "Every tensor of ours spans the range of the authors' initial tensor, and is spread like it."
+    net, z, shapes, _ = setup
+    ours = type(net)(ARCH, seed=3)
+    ours.add_task()
+    ours.add_task()
+    for name in shapes:
+        a, b = to_torch(name, z[f"init/{name}"]), parameter(ours, name).detach()
+        n = a.numel()
+        # at the end of a uniform or cut-off normal range the largest of n values misses the bound by about 1/n of the range
+        assert abs(a.abs().max() - b.abs().max()) <= (0.02 + 8 / n) * a.abs().max(), name
+        if a.std() > 1e-6:
+            assert abs(a.std() / b.std() - 1) < 0.02 + 4 / n ** 0.5, name
+        else:
+            assert torch.equal(a, b), name
