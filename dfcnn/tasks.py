@@ -123,19 +123,20 @@ class DataSet:
     groups: Callable[[], list[tuple[str, list[str]]]]
     split: dict  # rule of `split_counts`
     standardized: bool
+    look: int  # epochs per task of a run that is a first look and no reproduction: see `runs`
     stand_in: bool = False
 
 
 CIFAR_SPLIT, HOME_SPLIT = dict(train=17, valid=3), dict(train=0.6, valid=0.1, test=0.3)
 DATASETS = {d.name: d for d in (
     DataSet("shapes", "Shapes (a stand-in drawn by the package)", "cifar100",
-            lambda data_dir: shapes(), shapes_groups, CIFAR_SPLIT, True, stand_in=True),
+            lambda data_dir: shapes(), shapes_groups, CIFAR_SPLIT, True, look=10, stand_in=True),
     DataSet("shapes-home", "Shapes at home (a stand-in drawn by the package)", "officehome",
-            lambda data_dir: shapes_home(), shapes_home_groups, HOME_SPLIT, False, stand_in=True),
+            lambda data_dir: shapes_home(), shapes_home_groups, HOME_SPLIT, False, look=1, stand_in=True),
     DataSet("cifar100", "CIFAR-100", "cifar100",
-            lambda data_dir: load_images("cifar100", data_dir), cifar100_groups, CIFAR_SPLIT, True),
+            lambda data_dir: load_images("cifar100", data_dir), cifar100_groups, CIFAR_SPLIT, True, look=30),
     DataSet("officehome", "Office-Home", "officehome",
-            lambda data_dir: load_images("officehome", data_dir), officehome_groups, HOME_SPLIT, False),
+            lambda data_dir: load_images("officehome", data_dir), officehome_groups, HOME_SPLIT, False, look=2),
 )}
 
 # %% ../nbs/03_tasks.ipynb #b44cff62
