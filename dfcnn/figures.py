@@ -96,7 +96,7 @@ GREYS = {"STL": "0.25", "STL-large": "0.65"}  # dotted lines of reference
 
 
 def _panels(n: int, width: float, height: float, **kw) -> tuple[plt.Figure, np.ndarray]:
-    columns = min(n, 2)
+    columns = min(n, 3)
     fig, axs = plt.subplots(-(-n // columns), columns, figsize=(width * columns, height * -(-n // columns)), squeeze=False, layout="constrained", **kw)
     for ax in axs.flat[n:]:
         ax.axis("off")
@@ -118,7 +118,7 @@ def _mean_over_trials(rs: list[Record], metric: Callable[[pd.DataFrame], pd.Seri
 def learning_curves(records: Sequence[Record]) -> plt.Figure:
     "Test accuracy of every learned task over the epochs of the run, one panel for each method (Fig. 4, 6 and 7)."
     groups, c = by_method(records), records[0].config
-    fig, axs = _panels(len(groups), 5.2, 3, sharex=True, sharey=True)
+    fig, axs = _panels(len(groups), 4.2, 2.9, sharex=True, sharey=True)
     for ax, (method, rs) in zip(axs, groups.items()):
         test = pd.concat([r.history for r in rs]).query("split == 'test'")
         for task in range(c.tasks):

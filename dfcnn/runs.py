@@ -243,9 +243,9 @@ class Study:
             progress = ShowProgress(bar, done, title)
             records.append(run(c, self.images, self.output_dir, self.device, [progress]))
             done += c.epochs * c.tasks
-            if progress.learn is None:
+            if progress.learn is None:  # no epoch was run
                 print(f"{title}: complete record found in {records[-1].folder}, not run again", flush=True)
-            bar.update(done)
+                bar.update(done)
         return records
 
 
@@ -279,7 +279,7 @@ def lifelong_study(
     trials: int = 1,
     seed: int = 0,
     data_dir: str | None = None,  # the user's images; None: download, or drawn by the package
-    output_dir: str = "reports",  # records go to <output_dir>/lifelong/<dataset>
+    output_dir: str = "reports/lifelong",  # records go to <output_dir>/<dataset>
     device: str = "auto",
     eval_every: int | None = None,  # epochs between two scores of earlier tasks; None: twenty times per task, but not oftener than every fifth
 ) -> Study:
@@ -299,7 +299,7 @@ def lifelong_study(
         eval_every=max(5, epochs // 20) if eval_every is None else check_number("eval_every", eval_every, 1),
         seed=check_number("seed", seed, 0))
     trials, device = check_number("trials", trials, 1), pick_device(device)
-    output = Path(output_dir)/"lifelong"/dataset.name
+    output = Path(output_dir)/dataset.name
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as e:

@@ -1,4 +1,4 @@
-"What the tests share: where the reference data lie, and a cache and threads that do not depend on the machine's past."
+"What the tests share: where the reference data lie, and a number of threads that does not depend on the machine."
 from __future__ import annotations
 
 import os
@@ -12,13 +12,13 @@ SHARED = Path(os.environ.get("DFCNN_SHARED", ROOT.parent / "shared"))
 
 
 @pytest.fixture(scope="session")
-def shared():
+def shared() -> Path:
     "The folder with real images and the numbers of the authors' code; tests that need it skip where it is absent."
-    if not SHARED.is_dir():
+    if not (SHARED / "oracle").is_dir():
         pytest.skip(f"no reference data in {SHARED}: set DFCNN_SHARED to the folder that holds oracle/ and data/")
     return SHARED
 
 
 @pytest.fixture(autouse=True)
-def few_threads():
+def two_threads():
     torch.set_num_threads(min(2, os.cpu_count() or 1))

@@ -1,0 +1,116 @@
+"What every listed method must keep, whatever it does inside: the contract of notebook 10, and Algorithm 1 around it."
+from __future__ import annotations
+
+import pytest
+import torch
+
+import dfcnn.runs  # lists all methods
+from dfcnn.core import BadInput
+from dfcnn.images import Images
+from dfcnn.learner import Audit, Callback, lifelong_learner, train
+from dfcnn.metrics import forgetting_ratio
+from dfcnn.networks import METHODS, build_network, count_parameters
+from dfcnn.tasks import Split, Task
+
+HYPER = dict(epochs=2, lr=1e-3, decay=2.5e-4, batch_size=10)
+
+
+def small_tasks(n=3, images=20) -> list[Task]:
+    "Tasks of few images, of the size of CIFAR-100."
+    g = torch.Generator().manual_seed(0)
+    split = lambda k: Split(torch.randn(k, 3, 32, 32, generator=g), torch.arange(k) % 10)
+    return [Task(f"small {t}", [str(i) for i in range(10)], split(images), split(10), split(30)) for t in range(n)]
+
+
+@pytest.fixture(params=list(METHODS))
+def method(request):
+    return request.param
+
+
+def learner(method, cbs=(), seed=0, **kw):
+    return lifelong_learner(build_network(method, "cifar100", seed=seed), small_tasks(), **{**HYPER, **kw}, cbs=list(cbs))
+
+
+def test_only_what_a_task_may_change_changes(method):
+    learn = learner(method, [Audit()])
+    train(learn)
+    assert len(learn.audit.changed) == 3 and all(learn.audit.changed)
+
+
+def test_frozen_parameters_cost_no_gradients_and_no_optimizer_state(method):
+    class Look(Callback):
+        order = 55
+
+        def after_epoch(self):
+            trained = {id(p) for p in self.model.trains(self.learn.task)}
+            assert {id(p) for p in self.model.parameters() if p.requires_grad} == trained
+            assert {id(p) for g in self.opt.opt.param_groups for p in g["params"]} == trained
+            assert {id(p) for p in self.opt.opt.state} == trained
+
+    train(learner(method, [Look()]))
+
+
+def test_every_task_starts_with_new_optimizer_state(method):
+    class Look(Callback):
+        order, seen = 5, ()
+
+        def before_train(self):
+            if self.task_epoch == 0:
+                self.seen += (len(self.opt.opt.state),)
+
+    learn = learner(method, [Look()])
+    train(learn)
+    assert learn.look.seen == (0, 0, 0)
+
+
+def test_a_state_dict_restores_it(method):
+    learn = learner(method)
+    train(learn)
+    network, x = learn.model.eval(), small_tasks()[0].test.x
+    other = build_network(method, "cifar100", seed=99)
+    other.load_state_dict(network.state_dict())
+    assert len(other.tasks) == 3
+    with torch.no_grad():
+        assert all(torch.equal(network(x, t), other.eval()(x, t)) for t in range(3))
+
+
+def test_initial_values_of_a_task_do_not_depend_on_the_others(method):
+    one, three = build_network(method, "cifar100", 5, n_tasks=1), build_network(method, "cifar100", 5, n_tasks=3)
+    state = three.state_dict()
+    assert all(torch.equal(v, state[k]) for k, v in one.state_dict().items())
+    other = build_network(method, "cifar100", 6, n_tasks=1).state_dict()
+    assert any(not torch.equal(v, other[k]) for k, v in one.state_dict().items())
+
+
+def test_uses_is_what_predictions_depend_on(method):
+    network = build_network(method, "cifar100", n_tasks=2).eval()
+    for task in range(2):
+        network.zero_grad()
+        network(torch.randn(2, 3, 32, 32), task).square().sum().backward()
+        reached = {id(p) for p in network.parameters() if p.grad is not None}
+        assert reached <= {id(p) for p in network.uses(task)}
+
+
+def test_same_seed_same_numbers(method):
+    runs = [train(learner(method, seed=s)).drop(columns="seconds") for s in (1, 1, 2)]
+    assert runs[0].equals(runs[1]) and not runs[0].equals(runs[2])
+
+
+def test_isolated_tasks_keep_their_score_exactly():
+    history = train(learner("STL", epochs=3))
+    last = history.query("split == 'test' and evaluated == 0 and (epoch == 3 or epoch == 9)")
+    assert last.accuracy.nunique() == 1 and last.loss.nunique() == 1
+    assert (forgetting_ratio(history).iloc[-1, :-1] <= 1).all()
+
+
+def test_no_parameter_is_random_state_of_the_caller(method):
+    torch.manual_seed(3)
+    expected = torch.rand(1)
+    torch.manual_seed(3)
+    train(learner(method, epochs=1))
+    assert torch.equal(torch.rand(1), expected)
+
+
+def test_a_diverging_loss_stops_the_run():
+    with pytest.raises(FloatingPointError, match="task 1 is nan in epoch"):
+        train(learner("STL", lr=1e18))

@@ -1,0 +1,218 @@
+"Real images in every form that a user may have them, and every way in which they can be wrong."
+from __future__ import annotations
+
+import io
+import shutil
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dfcnn import images as images_module
+from dfcnn.core import BadInput
+from dfcnn.images import CIFAR100_CLASSES, OFFICEHOME_CLASSES, load_images
+from dfcnn.tasks import officehome_groups, task_sequence
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("DFCNN_CACHE", str(tmp_path / "cache"))
+
+
+def picture(path: Path, size, color) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, color).save(path)
+
+
+@pytest.fixture(scope="session")
+def cifar(tmp_path_factory):
+    "A folder with the form of CIFAR-100: the red of an image is its class, the green its number."
+    root = tmp_path_factory.mktemp("cifar")
+    for part, n in (("train", 22), ("test", 100)):
+        for c, name in enumerate(CIFAR100_CLASSES):
+            for i in range(n):
+                picture(root / "cifar100" / part / name / f"{i:03}.png", (32, 32), (2 * c, 2 * i, 0 if part == "train" else 255))
+    return root
+
+
+@pytest.fixture(scope="session")
+def home(tmp_path_factory):
+    "A folder with the form of Office-Home's archive, photos of several sizes, a domain that is not used and a file that is no image."
+    root = tmp_path_factory.mktemp("home") / "OfficeHomeDataset_10072016"
+    for d, domain in enumerate(("Product", "Real World", "Art")):
+        for c, name in enumerate(OFFICEHOME_CLASSES):
+            for i in range(10):
+                picture(root / domain / name / f"{i:05}.jpg", (40 + i, 60), (c, 100 * d, 0))
+    (root / "ImageInfo.csv").write_text("not an image")
+    return root
+
+
+def test_cifar_folder_archive_and_cache(cifar, tmp_path, monkeypatch):
+    folder = load_images("cifar100", cifar)
+    assert folder.x.shape == (12200, 3, 32, 32) and folder.classes == CIFAR100_CLASSES
+    assert folder.x[folder.of("train", 7), 0, 0, 0].unique().tolist() == [14]
+    with tarfile.open(tmp_path / "cifar100.tgz", "w:gz", compresslevel=1) as tar:
+        tar.add(cifar / "cifar100", "cifar100")
+    archive = load_images("cifar100", tmp_path)
+    assert archive.fingerprint == folder.fingerprint
+    assert load_images("cifar100", tmp_path / "cifar100.tgz").fingerprint == folder.fingerprint
+    monkeypatch.setattr(images_module, "decode", lambda *a: pytest.fail("the cache was not used"))
+    assert load_images("cifar100", cifar).fingerprint == folder.fingerprint
+
+
+def test_cifar_tasks(cifar):
+    tasks = task_sequence("cifar100", data_dir=cifar)
+    assert len(tasks) == 10
+    for t in tasks:
+        assert [len(s.y) for s in (t.train, t.valid, t.test)] == [170, 30, 1000]
+        assert t.train.y.bincount().tolist() == [17] * 10 and t.test.y.bincount().tolist() == [100] * 10
+        for split in (t.train, t.valid, t.test):  # normalized over each split of each task
+            assert torch.allclose(split.x[:, :2].mean((0, 2, 3)), torch.zeros(2), atol=1e-4)
+            assert torch.allclose(split.x[:, :2].std((0, 2, 3), correction=0), torch.ones(2), atol=1e-4)
+
+
+def test_a_changed_folder_is_read_again(cifar, tmp_path):
+    copy = tmp_path / "cifar100"
+    shutil.copytree(cifar / "cifar100", copy)
+    before = load_images("cifar100", tmp_path).fingerprint
+    picture(copy / "train/apple/000.png", (32, 32), (9, 9, 9))
+    assert load_images("cifar100", tmp_path).fingerprint != before
+
+
+def test_a_damaged_cache_is_made_again(cifar, tmp_path):
+    before = load_images("cifar100", cifar).fingerprint
+    (kept,) = (tmp_path / "cache").glob("cifar100-*")
+    raw = bytearray(kept.read_bytes())
+    raw[len(raw) // 2] ^= 255
+    kept.write_bytes(raw)
+    assert load_images("cifar100", cifar).fingerprint == before
+
+
+@pytest.mark.parametrize("spoil, message", [
+    (lambda f: shutil.rmtree(f / "test"), "too few images in test/apple (0 of at least 100)"),
+    (lambda f: shutil.rmtree(f / "train/worm"), "too few images in train/worm (0 of at least 20)"),
+    (lambda f: (f / "train/worm").rename(f / "train/wurm"), "folders that are no class of it: wurm"),
+    (lambda f: picture(f / "train/worm/000.png", (64, 64), (0, 0, 0)), "000.png' is 64x64, but 32x32 was expected"),
+    (lambda f: (f / "train/worm/000.png").write_bytes(b"GIF89a"), "000.png' cannot be read"),
+], ids=["no test part", "a class is missing", "another class", "another size", "no image"])
+def test_a_wrong_cifar_folder_is_named(cifar, tmp_path, spoil, message):
+    shutil.copytree(cifar / "cifar100", tmp_path / "cifar100")
+    spoil(tmp_path / "cifar100")
+    with pytest.raises(BadInput) as e:
+        load_images("cifar100", tmp_path)
+    assert message in str(e.value)
+
+
+def test_archives_that_climb_out_or_hold_links_are_refused(tmp_path):
+    for name, kind in (("../evil.png", tarfile.REGTYPE), ("cifar100/train/apple/link.png", tarfile.SYMTYPE)):
+        with tarfile.open(tmp_path / "cifar100.tgz", "w:gz") as tar:
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = kind, "/etc/passwd"
+            tar.addfile(info, io.BytesIO())
+        with pytest.raises(BadInput, match="a link or a path that leaves its folder"):
+            load_images("cifar100", tmp_path)
+
+
+def test_home_folder(home):
+    for data_dir in (home, home.parent):
+        images = load_images("officehome", data_dir)
+        assert images.x.shape == (2 * 65 * 10, 3, 128, 128)
+    tv = images.of("Real World", 63)
+    assert images.classes[63] == "TV" and abs(images.x[tv, 0].float().mean() - 63) < 3  # JPEG is not exact
+
+
+def test_home_tasks(home):
+    tasks = task_sequence("officehome", data_dir=home)
+    groups = dict(officehome_groups())
+    for t in tasks:
+        assert t.classes == groups[t.name] and [len(s.y) for s in (t.train, t.valid, t.test)] == [13 * 6, 13, 13 * 3]
+        assert 0 <= t.train.x.min() and t.train.x.max() <= 1  # scaled, not normalized
+        domain = (t.train.x[:, 1] * 255).mean().item()
+        assert abs(domain - (0 if t.name.startswith("Product") else 100)) < 3
+
+
+@pytest.mark.parametrize("with_names", [True, False], ids=["names in the file", "numbers alone"])
+@pytest.mark.parametrize("as_struct", [True, False], ids=["struct", "bytes"])
+def test_home_parquet(tmp_path, with_names, as_struct):
+    "Labels of the public files are numbers in ASCII order, where TV comes before Table."
+    import json
+
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    def encoded(value):
+        out = io.BytesIO()
+        Image.new("RGB", (20, 30), (value, 0, 0)).save(out, "png")
+        return {"bytes": out.getvalue(), "path": None} if as_struct else out.getvalue()
+
+    names = sorted(OFFICEHOME_CLASSES)
+    rows = [dict(image=encoded(i), domain=d, label=i) for d in ("Art", "Product", "Real World") for i in range(65) for _ in range(4)]
+    half = len(rows) // 2
+    for k, part in enumerate((rows[:half], rows[half:])):
+        table = pa.Table.from_pylist(part)
+        if with_names:
+            meta = {"info": {"features": {"label": {"names": names, "_type": "ClassLabel"}}}}
+            table = table.replace_schema_metadata({"huggingface": json.dumps(meta)})
+        (tmp_path / "data").mkdir(exist_ok=True)
+        pq.write_table(table, tmp_path / f"data/train-{k:05}-of-00002.parquet")
+    images = load_images("officehome", tmp_path)
+    assert len(images) == 2 * 65 * 4
+    for name in ("TV", "Table", "Webcam"):
+        found = images.of("Product", OFFICEHOME_CLASSES.index(name))
+        assert images.x[found, 0].unique().tolist() == [names.index(name)], name
+
+
+def test_a_parquet_file_of_something_else_is_refused(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.table({"image": [b""], "label": [0]}), tmp_path / "x.parquet")
+    with pytest.raises(BadInput, match="has no column domain"):
+        load_images("officehome", tmp_path)
+    (tmp_path / "x.parquet").write_bytes(b"PAR1 and no more")
+    with pytest.raises(BadInput, match="cannot be read"):
+        load_images("officehome", tmp_path)
+
+
+def test_torchvision_folder(tmp_path):
+    "What torchvision downloaded before is read in place; a damaged one is refused."
+    (tmp_path / "cifar-100-python").mkdir()
+    (tmp_path / "cifar-100-python/train").write_bytes(b"not what torchvision left")
+    with pytest.raises(BadInput, match="holds a damaged CIFAR-100"):
+        load_images("cifar100", tmp_path)
+
+
+def test_no_network_names_the_other_ways(monkeypatch):
+    import urllib.request
+
+    def no_network(*a, **kw):
+        raise OSError("Name or service not known")
+
+    monkeypatch.setattr(urllib.request, "urlopen", no_network)
+    with pytest.raises(BadInput, match=r"could not be downloaded .* \(b\) a folder `cifar100` or an archive `cifar100.tgz`"):
+        load_images("cifar100")
+
+
+def test_real_cifar100(shared):
+    images = load_images("cifar100", shared / "data")
+    assert len(images) == 20000 and images.classes == CIFAR100_CLASSES
+    tasks = task_sequence("cifar100", images, n_tasks=3)
+    assert sorted(t.name for t in tasks) == ["task 1", "task 2", "task 3"]
+    assert all(len(t.test.y) == 1000 for t in tasks)
+    first = next(t for t in tasks if t.name == "task 1")
+    assert first.classes == "beaver aquarium_fish orchid bottle apple bed bee bear bridge bicycle".split()
+
+
+def test_real_cifar100_is_learned(shared):
+    "A few epochs on real images are enough to leave chance behind."
+    from dfcnn.learner import lifelong_learner, train
+    from dfcnn.networks import build_network
+    from dfcnn.metrics import peak_accuracy
+    import dfcnn.dfcnn
+
+    tasks = task_sequence("cifar100", data_dir=shared / "data", n_tasks=1)
+    learn = lifelong_learner(build_network("DF-CNN", "cifar100"), tasks, epochs=12, lr=1e-4, decay=2.5e-4, batch_size=10)
+    assert peak_accuracy(train(learn))[0] > 0.25

@@ -1,0 +1,113 @@
+"Every notebook runs from top to bottom, and everything that is generated from a notebook is up to date with it."
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+BIN = Path(sys.executable).parent
+NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
+LIBRARY = [n for n in NOTEBOOKS if n.name[0].isdigit()]
+APPLICATIONS = [n for n in NOTEBOOKS if n.stem == "lifelong"]
+
+
+def call(*args, cwd=ROOT, ok=True, **env) -> subprocess.CompletedProcess:
+    "Run a command of this environment; its output is shown when it fails."
+    done = subprocess.run([str(BIN / args[0]), *map(str, args[1:])], cwd=cwd, capture_output=True, text=True,
+                          env={**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}", **env})
+    assert not ok or done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    return done
+
+
+def papermill(out: Path, *args, ok=True, notebook=ROOT / "nbs/lifelong.ipynb") -> subprocess.CompletedProcess:
+    parameters = [o for name, value in zip(args[::2], args[1::2]) for o in ("-p", name, value)]
+    return call("papermill", notebook, out, *parameters, ok=ok, cwd=out.parent)
+
+
+@pytest.mark.parametrize("notebook", [n for n in NOTEBOOKS if n not in APPLICATIONS], ids=lambda n: n.name)
+def test_notebook_runs(notebook):
+    assert "Success" in call("nbdev_test", "--path", notebook).stdout
+
+
+def test_lifelong_runs_through_papermill(tmp_path):
+    out = tmp_path / "out.ipynb"
+    papermill(out, "epochs", 1, "tasks", 2, "methods", "STL DF-CNN")
+    folder = tmp_path / "reports/lifelong/shapes"  # beside the rendered notebook
+    assert {f.name for f in folder.iterdir() if f.is_file()} >= {"table.csv", "learning_curves.png", "forgetting.png"}
+    records = [d for d in folder.iterdir() if d.is_dir()]
+    assert len(records) == 2 and all((r / "summary.json").exists() for r in records)
+    cells = nbformat.read(out, 4).cells
+    shown = "".join(json.dumps(c.get("outputs", [])) for c in cells)
+    assert "This is a short run" in shown and "stand-in" in shown
+    assert sum("image/png" in json.dumps(c.get("outputs", [])) for c in cells) == 5  # tasks, curves, forgetting, matrix, convergence
+    stamp = max(f.stat().st_mtime_ns for r in records for f in r.iterdir())
+    papermill(out, "epochs", 1, "tasks", 2, "methods", "STL DF-CNN")
+    assert max(f.stat().st_mtime_ns for r in records for f in r.iterdir()) == stamp, "finished runs were run again"
+
+
+@pytest.mark.parametrize("parameters, message", [
+    (("dataset", "cifar1000"), "Unknown data set 'cifar1000'. Did you mean 'cifar100'?"),
+    (("methods", "STL XYZ"), "Unknown method 'XYZ'"),
+    (("epoch", "3"), "Unknown parameter 'epoch'. Did you mean 'epochs'?"),
+    (("epochs", "many"), "Parameter 'epochs' must be a whole number"),
+    (("device", "cuda:7"), "Device 'cuda:7' is not available"),
+    (("dataset", "cifar100", "data_dir", "nowhere"), "Data folder 'nowhere' does not exist"),
+    (("dataset", "officehome", "data_dir", "."), "There is no Office-Home in '.'. Office-Home can come from (a) the original archive"),
+], ids=lambda p: " ".join(p) if isinstance(p, tuple) else "")
+def test_bad_input_ends_before_training(tmp_path, parameters, message):
+    done = papermill(tmp_path / "out.ipynb", *parameters, ok=False)
+    assert done.returncode != 0
+    said = done.stdout + done.stderr
+    assert message in said and "Traceback (most recent call last)" not in said.split("Exception encountered")[-1]
+    assert not list(tmp_path.rglob("history.csv"))
+
+
+def test_without_its_tag_the_notebook_refuses_to_run(tmp_path):
+    nb = nbformat.read(ROOT / "nbs/lifelong.ipynb", 4)
+    for cell in nb.cells:
+        cell.metadata.pop("tags", None)
+    nbformat.write(nb, tmp_path / "untagged.ipynb")
+    done = papermill(tmp_path / "out.ipynb", "epochs", 1, ok=False, notebook=tmp_path / "untagged.ipynb")
+    assert done.returncode != 0 and "still have its tag" in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("notebook", APPLICATIONS, ids=lambda n: n.name)
+def test_parameters_are_tagged(notebook):
+    assert sum("parameters" in c.metadata.get("tags", []) for c in nbformat.read(notebook, 4).cells) == 1
+
+
+@pytest.fixture(scope="module")
+def regenerated(tmp_path_factory):
+    "A copy of the repository in which everything that is generated was generated anew."
+    copy = tmp_path_factory.mktemp("copy") / "dfcnn"
+    shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", ".venv*", "lifelong", "__pycache__", "build", "*.egg-info"))
+    shutil.rmtree(copy / "dfcnn")
+    (copy / "dfcnn").mkdir()
+    shutil.copy(ROOT / "dfcnn/targets.csv", copy / "dfcnn")
+    (copy / "README.md").unlink()
+    call("nbdev_clean", cwd=copy)
+    call("nbdev_export", cwd=copy)
+    call("bash", copy / ".ci/readme", cwd=copy) if (BIN / "bash").exists() else subprocess.run(
+        ["bash", ".ci/readme"], cwd=copy, check=True, env={**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}"})
+    return copy
+
+
+@pytest.mark.parametrize("what", ["nbs/*.ipynb", "dfcnn/*.py", "README.md"])
+def test_generated_files_are_up_to_date(regenerated, what):
+    here = {f.relative_to(ROOT): f.read_text() for f in ROOT.glob(what)}
+    fresh = {f.relative_to(regenerated): f.read_text() for f in regenerated.glob(what)}
+    stale = [str(k) for k in here.keys() | fresh.keys() if here.get(k) != fresh.get(k)]
+    assert not stale, f"out of date with its notebook: {stale}; run nbdev_clean, nbdev_export and .ci/readme"
+
+
+def test_exported_modules_need_no_tools_of_the_workshop():
+    "No module imports nbdev, papermill or Jupyter, so that the package runs where only torch, fastai and their like are installed."
+    code = "import sys, dfcnn.figures; print(*{m.partition('.')[0] for m in sys.modules} & {'nbdev', 'papermill', 'nbclient', 'execnb'})"
+    assert call("python", "-W", "ignore", "-c", code).stdout.split() == []
