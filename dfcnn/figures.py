@@ -76,6 +76,7 @@ def peak_table(records: Sequence[Record]) -> pd.DataFrame:  # a row for each met
             "parameters": f"{rs[0].summary['parameters']:,}",
             "peak accuracy (%)": cell(rs, "peak_accuracy", scale=100),
             "at best validation (%)": cell(rs, "accuracy_at_best_valid", scale=100),
+            "end of its task (%)": cell(rs, "end_of_task_accuracy", scale=100),
             "forgetting ratio": cell(rs, "forgetting_ratio", "{:.3f}"),
             "backward transfer (points)": cell(rs, "backward_transfer", "{:+.1f}", 100),
             "epochs to 98% of peak": cell(rs, "convergence_epochs"),

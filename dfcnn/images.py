@@ -126,7 +126,7 @@ LAYOUTS = {
             "Office-Home can come from (a) the original archive, unpacked: get `OfficeHomeDataset_10072016.zip` from "
             "https://www.hemanthdv.org/officeHomeDataset.html and pass the folder that holds `Product` and `Real World` as data_dir; "
             "(b) the parquet files of the public data set `flwrlabs/office-home`, in data_dir; (c) their download, which happens by "
-            "itself when no data_dir is given, there is a network, and `pip install 'dfcnn[huggingface_hub]'` was done."),
+            "itself when no data_dir is given, there is a network, and `pip install 'dfcnn[huggingface-hub]'` was done."),
     ),
 }
 
@@ -222,7 +222,7 @@ def read_files(layout: Layout, source: Path) -> Images:
 def read_parquet(layout: Layout, files: list[Path]) -> Images:
     "Images of parquet files with the columns `image` (bytes, or a struct with `bytes`), `domain` and `label`."
     if not find_spec("pyarrow"):
-        raise BadInput("Reading parquet files needs pyarrow: pip install 'dfcnn[huggingface_hub]'.")
+        raise BadInput("Reading parquet files needs pyarrow: pip install 'dfcnn[huggingface-hub]'.")
     import pyarrow as pa
     import pyarrow.parquet as pq
 

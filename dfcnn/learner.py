@@ -29,7 +29,7 @@ with warnings.catch_warnings():  # fastai 2.8 imports parts of torch that are ab
 
 # %% auto #0
 __all__ = ['HISTORY', 'sum_cross_entropy', 'TaskBatches', 'on_device', 'SeedEpochs', 'TaskSwitch', 'InverseTimeDecay',
-           'lifelong_schedule', 'score', 'Evaluate', 'lifelong_learner', 'train', 'Audit']
+           'lifelong_schedule', 'score', 'Evaluate', 'TaskLearner', 'lifelong_learner', 'train', 'Audit']
 
 # %% ../nbs/21_learner.ipynb #5efb9065
 def sum_cross_entropy(
@@ -236,7 +236,16 @@ class Evaluate(Callback):
         self.evaluate(now, done, [*known, self.learn.task])
         raise CancelValidException()
 
-# %% ../nbs/21_learner.ipynb #fb4bd3f7
+# %% ../nbs/21_learner.ipynb #dc31ab6d
+class TaskLearner(Learner):
+    "A fastai Learner that calls, for each event, the callbacks that define it."
+
+    def _call_one(self, event_name: str):
+        for cb in self.cbs.sorted("order"):
+            if hasattr(type(cb), event_name):
+                cb(event_name)
+
+
 def lifelong_learner(
     network: LifelongNetwork,
     tasks: Sequence[Task],  # in the order in which they are learned
@@ -248,7 +257,7 @@ def lifelong_learner(
     seed: int = 0,  # of batches and dropout
     device: torch.device | str = "cpu",
     cbs: Sequence[Callback] = (),  # more callbacks
-) -> Learner:  # `learn.evaluate.history` is the table of scores after `train(learn)`
+) -> TaskLearner:  # `learn.evaluate.history` is the table of scores after `train(learn)`
     "A fastai Learner that learns `tasks` one after the other."
     for t in tasks:
         if len(t.train.y) < batch_size:
@@ -259,14 +268,14 @@ def lifelong_learner(
     device = torch.device(device)
     tasks, schedule = on_device(tasks, device), lifelong_schedule(len(tasks), epochs)
     dls = DataLoaders(TaskBatches(tasks, "train", batch_size), TaskBatches(tasks, "valid", batch_size), device=device)
-    return Learner(
+    return TaskLearner(
         dls, network.to(device), sum_cross_entropy, opt_func=partial(OptimWrapper, opt=RMSProp), lr=lr, default_cbs=False,
         cbs=[TrainEvalCallback(), SeedEpochs(seed), TaskSwitch(schedule), InverseTimeDecay(lr, decay),
              Evaluate(tasks, schedule, eval_every), *cbs],
     )
 
 
-def train(learn: Learner) -> pd.DataFrame:  # the history
+def train(learn: TaskLearner) -> pd.DataFrame:  # the history
     "Run the whole schedule; torch's global generators are left as they were."
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         learn.fit(len(learn.task_switch.schedule))
