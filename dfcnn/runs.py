@@ -307,33 +307,30 @@ def lifelong_study(
     images = dataset.images(data_dir)
     return Study([replace(config, method=m, trial=t) for m in methods for t in range(trials)], images, output, device)
 
-# %% ../nbs/31_runs.ipynb #39af917c
-def _say(shell: Any, e: BadInput) -> list[str]:
-    "Show an error as its message alone; what is returned is what papermill repeats."
-    lines = [f"\033[31mBadInput\033[0m: {e}"]
-    shell._showtraceback(type(e), str(e), lines)
-    return lines
-
-
+# %% ../nbs/31_runs.ipynb #6ccba98f
 def notebook_parameters(
-    namespace: dict[str, Any],  # the notebook's `globals()`, before anything but parameters was defined
+    namespace: dict[str, Any],  # the notebook's `globals()`
     target: Callable,  # the function that takes the parameters
 ) -> dict[str, Any]:  # keyword arguments for `target`
-    "The parameters of a notebook: all its variables, each of which must be an argument of `target`."
-    hidden = {"In", "Out", "exit", "quit", "open", "get_ipython", notebook_parameters.__name__, target.__name__}
-    if "get_ipython" in namespace:  # a refusal is one sentence, not a page of calls
-        namespace["get_ipython"]().set_custom_exc((BadInput,), lambda shell, kind, e, trace, tb_offset=None: _say(shell, e))
-    given = {k: v for k, v in namespace.items() if not k.startswith("_") and k not in hidden}
+    "The notebook's variables that are arguments of `target`; whatever papermill set must be among them, with the value that it set."
+    if "get_ipython" in namespace:  # in a notebook a refusal is one sentence, not a page of calls
+        namespace["get_ipython"]().set_custom_exc((BadInput,), _show_refusal)
     choices = list(inspect.signature(target).parameters)
-    for name in given:
-        if name not in choices:
-            check_choice("parameter", name, choices)
+    given = {k: namespace[k] for k in choices if k in namespace}
     for cell in namespace.get("In", []):
         if cell.startswith("# Parameters\n"):
-            asked = {}
-            exec(cell, asked)
-            for name in asked.keys() & given.keys():
-                if asked[name] != given[name]:
-                    raise BadInput(f"Parameter '{name}' was set to {asked[name]!r}, but the notebook would run with {given[name]!r}. "
+            asked: dict[str, Any] = {}
+            exec(cell, {}, asked)
+            for name, value in asked.items():
+                check_choice("parameter", name, choices)
+                if given.get(name) != value:
+                    raise BadInput(f"Parameter '{name}' was set to {value!r}, but the notebook would run with {given.get(name)!r}. "
                                    "Does the cell of defaults still have its tag `parameters`?")
     return given
+
+
+def _show_refusal(shell: Any, kind: type, e: BadInput, trace: Any, tb_offset: int | None = None) -> list[str]:
+    "Show an error as its message alone; what is returned is what papermill repeats."
+    lines = [f"\033[31mBadInput\033[0m: {e}"]
+    shell._showtraceback(kind, str(e), lines)
+    return lines

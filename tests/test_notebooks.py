@@ -94,8 +94,9 @@ def regenerated(tmp_path_factory):
     (copy / "README.md").unlink()
     call("nbdev_clean", cwd=copy)
     call("nbdev_export", cwd=copy)
-    call("bash", copy / ".ci/readme", cwd=copy) if (BIN / "bash").exists() else subprocess.run(
-        ["bash", ".ci/readme"], cwd=copy, check=True, env={**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}"})
+    done = subprocess.run(["bash", ".ci/readme"], cwd=copy, capture_output=True, text=True,
+                          env={**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}"})
+    assert done.returncode == 0, done.stderr
     return copy
 
 
