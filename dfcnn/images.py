@@ -266,6 +266,8 @@ def read_torchvision(layout: Layout, root: Path, download: bool = False) -> Imag
     from torchvision.datasets import CIFAR100
 
     halves = [CIFAR100(root, train=train, download=download) for train in (True, False)]
+    if halves[0].classes != list(layout.classes):
+        raise BadInput(f"'{root}' lists other classes than {layout.title}. {layout.how_to_get}")
     x = torch.from_numpy(np.concatenate([h.data for h in halves])).permute(0, 3, 1, 2).contiguous()
     y = torch.tensor(halves[0].targets + halves[1].targets)
     part = torch.arange(2).repeat_interleave(torch.tensor([len(h.data) for h in halves]))
@@ -319,6 +321,8 @@ def source_key(layout: Layout, kind: str, where: Path | list[Path]) -> str:
             while chunk := f.read(1 << 22):
                 h.update(chunk)
         return h.hexdigest()
+    if kind == "torchvision":
+        where = where/"cifar-100-python"
     files = where if isinstance(where, list) else sorted(f for f in where.rglob("*") if f.is_file())
     for f in files:
         stat = f.stat()

@@ -28,7 +28,7 @@ from .images import Images
 from .learner import HISTORY, Callback, lifelong_learner, train
 from .metrics import summarize
 from .networks import METHODS, build_network, count_parameters
-from .tasks import DATASETS, DataSet, task_sequence
+from .tasks import DATASETS, DataSet, Task, task_sequence
 
 # %% auto #0
 __all__ = ['TRAINING', 'SAME', 'Training', 'RunConfig', 'Record', 'write_history', 'load_record', 'load_records', 'code_checksum',
@@ -214,6 +214,11 @@ class Study:
     def dataset(self) -> DataSet:
         return DATASETS[self.configs[0].dataset]
 
+    def tasks(self, trial: int) -> list[Task]:
+        "The tasks of one trial, which are the same for every method."
+        c = self.configs[0]
+        return task_sequence(c.dataset, self.images, n_tasks=c.tasks, trial=trial, seed=c.seed)
+
     def describe(self) -> str:  # Markdown
         "What is about to be run, in one paragraph and a table of methods."
         c, paper = self.configs[0], TRAINING[self.dataset.architecture]
@@ -221,7 +226,7 @@ class Study:
         lines = [f"**{self.dataset.title}**: {c.tasks} tasks, {c.epochs} epochs each, {trials} trial{'s' if trials > 1 else ''}, "
                  f"on {self.device}. Mini-batches of {c.batch_size}, learning rate {c.lr:g}, decay {c.decay:g} per epoch, seed {c.seed}.", ""]
         if c.short:
-            lines += [f"**This is a short run**: {c.short}. What it shows is not the paper's result; the full schedule is "
+            lines += [f"**This is a short run**: {c.short}. What it shows is not the paper's result; the paper's schedule is "
                       f"`-p epochs {paper.epochs} -p trials {paper.trials}` with all tasks.", ""]
         if self.dataset.stand_in:
             lines += ["**These images are a stand-in** that the package drew itself. They are not the paper's data, "

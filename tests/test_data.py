@@ -177,8 +177,29 @@ def test_a_parquet_file_of_something_else_is_refused(tmp_path):
         load_images("officehome", tmp_path)
 
 
-def test_torchvision_folder(tmp_path):
-    "What torchvision downloaded before is read in place; a damaged one is refused."
+def test_torchvision_folder(tmp_path, monkeypatch):
+    "What torchvision downloaded before is read in place. (Its checksums are those of the real files, so they are set aside here.)"
+    import pickle
+
+    from torchvision.datasets import CIFAR100
+
+    folder = tmp_path / "cifar-100-python"
+    folder.mkdir()
+    for part, n in (("train", 20), ("test", 100)):
+        labels = list(range(100)) * n
+        pixels = np.repeat(np.array(labels, np.uint8)[:, None], 3072, 1)
+        pixels[:, 1024:2048] = 7  # the green plane
+        (folder / part).write_bytes(pickle.dumps({"data": pixels, "fine_labels": labels}))
+    (folder / "meta").write_bytes(pickle.dumps({"fine_label_names": CIFAR100_CLASSES}))
+    monkeypatch.setattr(CIFAR100, "train_list", [["train", None]])
+    monkeypatch.setattr(CIFAR100, "test_list", [["test", None]])
+    monkeypatch.setattr(CIFAR100, "meta", {"filename": "meta", "key": "fine_label_names", "md5": None})
+    images = load_images("cifar100", tmp_path)
+    assert len(images) == 12000 and len(images.of("test", 3)) == 100
+    assert images.x[images.of("train", 41)].unique().tolist() == [7, 41] and (images.x[:, 1] == 7).all()
+
+
+def test_a_damaged_torchvision_folder_is_refused(tmp_path):
     (tmp_path / "cifar-100-python").mkdir()
     (tmp_path / "cifar-100-python/train").write_bytes(b"not what torchvision left")
     with pytest.raises(BadInput, match="holds a damaged CIFAR-100"):
