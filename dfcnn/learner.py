@@ -86,9 +86,13 @@ class SeedEpochs(Callback):
         self.dls.train.generator = stream(self.seed, "batches", self.epoch)
         torch.manual_seed(stream_seed(self.seed, "dropout", self.epoch))
 
-# %% ../nbs/21_learner.ipynb #32ce1a3d
+# %% ../nbs/21_learner.ipynb #6fb5da4f
 class TaskSwitch(Callback):
-    "Turn to the task that the schedule names for each epoch (Algorithm 1)."
+    """Turn to the task that the schedule names for each epoch (Algorithm 1).
+
+    Other callbacks read from the Learner: `task` in hand, `task_epoch` (epochs that it has had before this one), and `task_ends`, whether this is the
+    last of them in a row.
+    """
     order = -15  # before anything else looks at the task in hand
 
     def __init__(
@@ -102,7 +106,7 @@ class TaskSwitch(Callback):
             trained[task] += 1
 
     def after_create(self):
-        self.learn.optimizers, self.learn.task, self.learn.task_epoch = {}, None, 0
+        self.learn.optimizers, self.learn.task = {}, None
         self.turn_to(self.schedule[0])
 
     def before_epoch(self):
@@ -112,6 +116,7 @@ class TaskSwitch(Callback):
             later = set(self.schedule[self.epoch :])
             self.learn.optimizers = {t: opt for t, opt in self.learn.optimizers.items() if t in later}
         self.learn.task_epoch = self.task_epochs[self.epoch]
+        self.learn.task_ends = self.schedule[self.epoch + 1 : self.epoch + 2] != [task]
 
     def turn_to(self, task: int):
         "Make `task` the one that is trained."
@@ -180,11 +185,11 @@ class Evaluate(Callback):
     def __init__(
         self,
         tasks: Sequence[Task],  # on the device
-        schedule: Sequence[int],
         eval_every: int = 1,  # epochs between two scores of earlier tasks
     ):
-        self.eval_tasks, self.phases, self.eval_every = tasks, list(schedule), eval_every
+        self.eval_tasks, self.eval_every = tasks, eval_every
         self.rows: list[tuple] = []
+        self.learned: set[int] = set()
         self.settled: dict[tuple[int, str], tuple[float, float]] = {}  # scores that nothing can change any more
 
     @property
@@ -231,9 +236,9 @@ class Evaluate(Callback):
 
     def before_validate(self):
         done, now = self.task_epoch + 1, self.epoch + 1
-        ends = now == len(self.phases) or self.phases[now] != self.learn.task
-        known = sorted(set(self.phases[:now]) - {self.learn.task}) if ends or done % self.eval_every == 0 else []
-        self.evaluate(now, done, [*known, self.learn.task])
+        self.learned.add(self.learn.task)
+        earlier = sorted(self.learned - {self.learn.task}) if self.task_ends or done % self.eval_every == 0 else []
+        self.evaluate(now, done, [*earlier, self.learn.task])
         raise CancelValidException()
 
 # %% ../nbs/21_learner.ipynb #dc31ab6d
@@ -271,7 +276,7 @@ def lifelong_learner(
     return TaskLearner(
         dls, network.to(device), sum_cross_entropy, opt_func=partial(OptimWrapper, opt=RMSProp), lr=lr, default_cbs=False,
         cbs=[TrainEvalCallback(), SeedEpochs(seed), TaskSwitch(schedule), InverseTimeDecay(lr, decay),
-             Evaluate(tasks, schedule, eval_every), *cbs],
+             Evaluate(tasks, eval_every), *cbs],
     )
 
 
@@ -296,8 +301,7 @@ class Audit(Callback):
             self.allowed = {k for k, p in self.model.named_parameters() if id(p) in trains}
 
     def after_epoch(self):
-        phases = self.learn.task_switch.schedule
-        if self.epoch + 1 == len(phases) or phases[self.epoch + 1] != self.learn.task:
+        if self.task_ends:
             after = self.model.state_dict()
             changed = {k for k, v in self.before.items() if not torch.equal(v, after[k])}
             if changed != self.allowed:

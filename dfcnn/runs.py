@@ -32,7 +32,7 @@ from .tasks import DATASETS, DataSet, Task, task_sequence
 
 # %% auto #0
 __all__ = ['TRAINING', 'SAME', 'Training', 'RunConfig', 'Record', 'write_history', 'load_record', 'load_records', 'code_checksum',
-           'made_with', 'KeepHistory', 'run', 'ShowProgress', 'Study', 'pick_methods', 'lifelong_study',
+           'made_with', 'KeepHistory', 'run', 'ShowProgress', 'Study', 'can_build', 'pick_methods', 'lifelong_study',
            'notebook_parameters']
 
 # %% ../nbs/31_runs.ipynb #4179c9f7
@@ -111,8 +111,7 @@ def load_record(folder: str | Path) -> Record:
 
 def load_records(folder: str | Path) -> list[Record]:
     "All complete records below `folder`."
-    records = [load_record(f.parent) for f in sorted(Path(folder).rglob("config.json"))]
-    return [r for r in records if r.summary]
+    return [load_record(f.parent) for f in sorted(Path(folder).rglob("summary.json"))]
 
 # %% ../nbs/31_runs.ipynb #c0be8daf
 def code_checksum() -> str:
@@ -148,9 +147,7 @@ class KeepHistory(Callback):
         self.path, self.every, self.written = path, every, time.monotonic()
 
     def after_epoch(self):
-        phases = self.learn.task_switch.schedule
-        ends = self.epoch + 1 == len(phases) or phases[self.epoch + 1] != self.learn.task
-        if ends or time.monotonic() - self.written > self.every:
+        if self.task_ends or time.monotonic() - self.written > self.every:
             write_history(self.learn.evaluate.history, self.path)
             self.written = time.monotonic()
 
@@ -169,7 +166,8 @@ def run(
         record = load_record(folder)
         if record.config == config and all(record.made_with.get(k) == about[k] for k in SAME):
             return record
-        (folder/"summary.json").unlink()  # of other code or data: no longer complete
+        for name in ("summary.json", "history.csv"):  # made by other code or from other data
+            (folder/name).unlink()
 
     trial = ("trial", config.trial)
     tasks = task_sequence(config.dataset, images, n_tasks=config.tasks, trial=config.trial, seed=config.seed)
@@ -193,13 +191,12 @@ class ShowProgress(Callback):
         self.bar, self.before, self.title = bar, before, title
 
     def after_epoch(self):
-        phases, history = self.learn.task_switch.schedule, self.learn.evaluate.rows
-        where = f"{self.title}, task {self.learn.task + 1} of {phases[-1] + 1}"
-        accuracy = {row[4]: row[5] for row in history[-3:]}
-        self.bar.comment = f"{where}, test accuracy {accuracy['test']:.1%}"
+        accuracy, _ = self.learn.evaluate.settled[self.learn.task, "test"]
+        where = f"{self.title}, task {self.learn.task + 1} of {len(self.learn.evaluate.eval_tasks)}"
+        self.bar.comment = f"{where}, test accuracy {accuracy:.1%}"
         self.bar.update(self.before + self.epoch + 1)
-        if self.epoch + 1 == len(phases) or phases[self.epoch + 1] != self.learn.task:
-            print(f"{where}: test accuracy {accuracy['test']:.1%} after {self.task_epoch + 1} epochs", flush=True)
+        if self.task_ends:
+            print(f"{where}: test accuracy {accuracy:.1%} after {self.task_epoch + 1} epochs", flush=True)
 
 
 @dataclass
@@ -254,26 +251,26 @@ class Study:
         return records
 
 
+def can_build(method: str, architecture: str) -> bool:
+    "Is there a network of this method for this architecture?"
+    try:
+        build_network(method, architecture)
+    except BadInput:
+        return False
+    return True
+
+
 def pick_methods(methods: str | list[str], architecture: str) -> list[str]:
     "Method names out of a list or a string ('STL HPS', 'STL, HPS', 'all'), checked to exist for the architecture."
     if not isinstance(methods, (str, list, tuple)) or not methods:
         raise BadInput(f"Parameter 'methods' must name one or more of {', '.join(METHODS)}, or be 'all', but it is {methods!r}.")
     names = methods.replace(",", " ").split() if isinstance(methods, str) else list(methods)
     if names == ["all"]:
-        names = [m for m in METHODS if not isinstance(_try_network(m, architecture), BadInput)]
+        return [m for m in METHODS if can_build(m, architecture)]
     names = list(dict.fromkeys(check_choice("method", m, METHODS) for m in names))
     for m in names:
-        if isinstance(e := _try_network(m, architecture), BadInput):
-            raise e
+        build_network(m, architecture)  # says why where it cannot be built
     return names
-
-
-def _try_network(method: str, architecture: str) -> Any:
-    "A network without tasks, or the reason why there is none."
-    try:
-        return build_network(method, architecture)
-    except BadInput as e:
-        return e
 
 
 def lifelong_study(
