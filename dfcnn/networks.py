@@ -77,9 +77,11 @@ def conv_block(
     W: torch.Tensor,  # filters (c_out, c_in, k, k), k odd
     b: torch.Tensor,  # (c_out,)
     pool: int,  # 0 for none
+    lateral: torch.Tensor | None = None,  # added before the ReLU, like the convolution's result
 ) -> torch.Tensor:
     "Convolution with `SAME` padding, ReLU, max-pooling."
-    x = F.relu(F.conv2d(x, W, b, padding=W.shape[-1] // 2))
+    x = F.conv2d(x, W, b, padding=W.shape[-1] // 2)
+    x = F.relu(x if lateral is None else x + lateral)
     return max_pool_same(x, pool) if pool else x
 
 # %% ../nbs/10_networks.ipynb #b7d53315

@@ -22,6 +22,7 @@ import torch
 from fastprogress import progress_bar
 
 import dfcnn.dfcnn  # lists DF-CNN and its ablations
+import dfcnn.progressive  # lists ProgNN
 import dfcnn.sharing  # lists STL and HPS
 from .core import BadInput, check_choice, check_number, pick_device, stream_seed, write_text, writing
 from .images import Images

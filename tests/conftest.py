@@ -1,11 +1,12 @@
-"What the tests share: where the reference data lie, and a number of threads that does not depend on the machine."
+"What the tests share: where the reference data lie, and one thread for each process."
 from __future__ import annotations
 
 import os
 from pathlib import Path
 
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported, and for the programs that tests start
+
 import pytest
-import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = Path(os.environ.get("DFCNN_SHARED", ROOT.parent / "shared"))
@@ -17,8 +18,3 @@ def shared() -> Path:
     if not (SHARED / "oracle").is_dir():
         pytest.skip(f"no reference data in {SHARED}: set DFCNN_SHARED to the folder that holds oracle/ and data/")
     return SHARED
-
-
-@pytest.fixture(autouse=True)
-def two_threads():
-    torch.set_num_threads(min(2, os.cpu_count() or 1))

@@ -14,7 +14,6 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
 NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
-LIBRARY = [n for n in NOTEBOOKS if n.name[0].isdigit()]
 APPLICATIONS = [n for n in NOTEBOOKS if n.stem == "lifelong"]
 
 
@@ -100,6 +99,7 @@ def regenerated(tmp_path_factory):
     return copy
 
 
+@pytest.mark.xdist_group("generated")
 @pytest.mark.parametrize("what", ["nbs/*.ipynb", "dfcnn/*.py", "README.md"])
 def test_generated_files_are_up_to_date(regenerated, what):
     here = {f.relative_to(ROOT): f.read_text() for f in ROOT.glob(what)}

@@ -16,6 +16,7 @@ from dfcnn.dfcnn import DFCNN
 from dfcnn.learner import sum_cross_entropy
 from dfcnn.networks import ARCHITECTURES, conv_block
 from dfcnn.optimizer import RMSProp, inverse_time_decay
+from dfcnn.progressive import ProgNN
 from dfcnn.sharing import HPS, STL
 
 ARCH = ARCHITECTURES["cifar100"]
@@ -46,7 +47,7 @@ def to_torch(name: str, a: np.ndarray) -> torch.Tensor:
         return a.unflatten(0, (side, side, -1)).permute(3, 2, 0, 1).flatten(1)
     if re.search(r"fc\d\.W$", name):
         return a.T
-    if re.search(r"conv\d\.W$", name):
+    if re.search(r"(conv\d\.W|\.Wv|\.Wu)$", name):
         return a.permute(3, 2, 0, 1)  # (h, w, cin, cout) -> (cout, cin, h, w)
     return a.flatten()  # biases
 
@@ -63,9 +64,12 @@ def parameter(net, name: str) -> torch.nn.Parameter:
     "Our parameter for the authors' variable `name`."
     if m := re.match(r"KB(\d)$", name):
         return net.kb[int(m[1])]
-    owner, layer, kind = name.split(".", 2)
+    if m := re.match(r"col(\d)\.conv(\d)\.lat_from_col(\d)\.(\w+)$", name):
+        adapter = net.tasks[int(m[1])].adapters[int(m[2]) - 1][int(m[3])]
+        return getattr(adapter, {"alpha": "alpha", "Wv": "V", "bv": "b", "Wu": "U"}[m[4]])
+    owner, layer, kind = name.removeprefix("col").split(".", 2)
     kind, (layer, i) = kind.removeprefix("conv_"), (layer[:-1], int(layer[-1]))
-    owner = net if owner == "shared" else net.tasks[int(owner[1:])]
+    owner = net if owner == "shared" else net.tasks[int(owner.lstrip('t'))]
     if layer == "fc":
         return getattr(owner.head, kind)[i]
     if isinstance(net, DFCNN):
@@ -82,7 +86,6 @@ def load(net, z: Oracle) -> dict[str, tuple[int, ...]]:
             p, value = parameter(net, name), to_torch(name, z[f"init/{name}"])
             assert p.shape == value.shape, name
             p.copy_(value)
-    assert len(shapes) == len(list(net.parameters())), "a parameter of ours has no counterpart"
     return shapes
 
 
@@ -118,6 +121,7 @@ def setup(request, shared):
     net.add_task()
     net.add_task()
     shapes = load(net, z)
+    assert len(shapes) == len(list(net.parameters())), "a parameter of ours has no counterpart"
     batch = {t: (torch.from_numpy(z[f"x/t{t}"]).permute(0, 3, 1, 2), torch.from_numpy(z[f"y/t{t}"]).long()) for t in (0, 1)}
     return net.eval(), z, shapes, batch
 
@@ -195,3 +199,34 @@ def test_initial_values_are_drawn_as_theirs(setup):
             assert abs(a.std() / b.std() - 1) < 0.02 + 4 / n ** 0.5, name
         else:
             assert torch.equal(a, b), name
+
+
+def test_progressive_columns(shared):
+    "The first column after three updates, frozen, and then the second column that reads it through its adapters."
+    net = ProgNN(ARCH, seed=0)
+    for c in (0, 1):
+        z = Oracle(shared / "oracle", f"prog_cifar100_10_col{c}")
+        x, y = torch.from_numpy(z["x"]).permute(0, 3, 1, 2), torch.from_numpy(z["y"]).long()
+        net.add_task()
+        shapes = load(net.eval(), z)
+        assert len(shapes) == len(net.trains(c))
+        net.requires_grad_(False)
+        for p in net.trains(c):
+            p.requires_grad_(True)
+        for t in range(c + 1):
+            assert_close(net(x, t).detach(), z[f"logits/col{t}"], f"logits of column {t}")
+            h = [x] * (t + 1)
+            for layer, pool in enumerate(ARCH.pools):
+                h = [conv_block(h[s], *net.filters(s)[layer], pool, net.lateral(h[:s], s, layer)) for s in range(t + 1)]
+                assert_close(h[t][:2].detach().permute(0, 2, 3, 1), z[f"convout/col{t}.conv{layer}"], f"conv block {layer} of column {t}")
+        optimizer = RMSProp(net.trains(c), lr=LR)
+        for step in (1, 2, 3):
+            net.zero_grad()
+            loss = sum_cross_entropy(net(x, c), y)
+            loss.backward()
+            if step == 1:
+                assert_close(loss.detach(), z["loss/sum"], "summed loss")
+                assert compare(z, "grad", in_tf(net, shapes, lambda p: p.grad)) == len(shapes)
+            optimizer.step()
+            if step != 2:
+                assert compare(z, f"step{step}", in_tf(net, shapes)) == len(shapes)
