@@ -64,7 +64,7 @@ class ProgNN(LifelongNetwork):
         return sum(adapt(earlier) for adapt, earlier in zip(self.tasks[t].adapters[layer - 1], h))
 
     def forward(self, x: torch.Tensor, task: int) -> torch.Tensor:
-        return self.tasks[task].head(self.columns(x, task)[-1])
+        return self.head_of(task)(self.columns(x, task)[-1])
 
     def trains(self, task: int) -> list[nn.Parameter]:
         "The newest column alone."

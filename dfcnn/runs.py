@@ -23,7 +23,7 @@ from fastprogress import progress_bar
 
 import dfcnn.dfcnn  # lists DF-CNN and its ablations
 import dfcnn.progressive  # lists ProgNN
-import dfcnn.sharing  # lists STL and HPS
+import dfcnn.sharing  # lists STL, HPS and SNN
 from .core import BadInput, check_choice, check_number, pick_device, stream_seed, write_text, writing
 from .images import Images
 from .learner import HISTORY, Callback, lifelong_learner, train

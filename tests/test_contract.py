@@ -76,10 +76,10 @@ def test_a_state_dict_restores_it(method):
 
 def test_initial_values_of_a_task_do_not_depend_on_the_others(method):
     one, three = build_network(method, "cifar100", 5, n_tasks=1), build_network(method, "cifar100", 5, n_tasks=3)
-    state = three.state_dict()
-    assert all(torch.equal(v, state[k]) for k, v in one.state_dict().items())
-    other = build_network(method, "cifar100", 6, n_tasks=1).state_dict()
-    assert any(not torch.equal(v, other[k]) for k, v in one.state_dict().items())
+    values = dict(three.named_parameters())
+    assert all(torch.equal(p, values[k]) for k, p in one.named_parameters())
+    other = dict(build_network(method, "cifar100", 6, n_tasks=1).named_parameters())
+    assert any(not torch.equal(p, other[k]) for k, p in one.named_parameters())
 
 
 def test_uses_is_what_predictions_depend_on(method):
