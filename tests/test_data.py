@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import picture
 from PIL import Image
 
 from dfcnn import images as images_module
@@ -20,34 +21,6 @@ from dfcnn.tasks import officehome_groups, task_sequence
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("DFCNN_CACHE", str(tmp_path / "cache"))
-
-
-def picture(path: Path, size, color) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", size, color).save(path)
-
-
-@pytest.fixture(scope="session")
-def cifar(tmp_path_factory):
-    "A folder with the form of CIFAR-100: the red of an image is its class, the green its number."
-    root = tmp_path_factory.mktemp("cifar")
-    for part, n in (("train", 22), ("test", 100)):
-        for c, name in enumerate(CIFAR100_CLASSES):
-            for i in range(n):
-                picture(root / "cifar100" / part / name / f"{i:03}.png", (32, 32), (2 * c, 2 * i, 0 if part == "train" else 255))
-    return root
-
-
-@pytest.fixture(scope="session")
-def home(tmp_path_factory):
-    "A folder with the form of Office-Home's archive, photos of several sizes, a domain that is not used and a file that is no image."
-    root = tmp_path_factory.mktemp("home") / "OfficeHomeDataset_10072016"
-    for d, domain in enumerate(("Product", "Real World", "Art")):
-        for c, name in enumerate(OFFICEHOME_CLASSES):
-            for i in range(10):
-                picture(root / domain / name / f"{i:05}.jpg", (40 + i, 60), (c, 100 * d, 0))
-    (root / "ImageInfo.csv").write_text("not an image")
-    return root
 
 
 def test_cifar_folder_archive_and_cache(cifar, tmp_path, monkeypatch):

@@ -51,6 +51,18 @@ def test_lifelong_runs_through_papermill(tmp_path):
     assert max(f.stat().st_mtime_ns for r in records for f in r.iterdir()) == stamp, "finished runs were run again"
 
 
+def test_officehome_runs_where_its_folder_is(tmp_path, home):
+    papermill(tmp_path / "out.ipynb", "dataset", "officehome", "data_dir", home, "epochs", 1, "tasks", 1, "methods", "STL")
+    (record,) = (tmp_path / "reports/lifelong/officehome").glob("*/summary.json")
+    assert json.loads(record.read_text())["parameters"] == 2_679_437
+    assert "paper: peak accuracy" in (tmp_path / "reports/lifelong/officehome/table.csv").read_text()
+
+
+def test_cifar100_shows_the_papers_numbers(tmp_path, shared):
+    papermill(tmp_path / "out.ipynb", "dataset", "cifar100", "data_dir", shared / "data", "epochs", 1, "tasks", 1, "methods", "STL")
+    assert "31.2 ± 2.2" in (tmp_path / "reports/lifelong/cifar100/table.csv").read_text()
+
+
 @pytest.mark.parametrize("parameters, message", [
     (("dataset", "cifar1000"), "Unknown data set 'cifar1000'. Did you mean 'cifar100'?"),
     (("methods", "STL XYZ"), "Unknown method 'XYZ'"),
