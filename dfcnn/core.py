@@ -76,7 +76,7 @@ def stream(seed: int, *names: Any) -> torch.Generator:
 # %% ../nbs/00_core.ipynb #94ffd0f4
 @contextmanager
 def seeded(seed: int, *names: Any):
-    "Within this context torch's global generators are the stream of `names`; afterwards they are as they were before."
+    "Make torch's global generators the stream of `names`, and afterwards what they were before."
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(stream_seed(seed, *names))
         yield
@@ -125,5 +125,5 @@ def write_text(path: str | Path, text: str) -> Path:
 # %% ../nbs/00_core.ipynb #5e95916b
 def cache_dir() -> Path:
     "The folder for decoded and downloaded data: `$DFCNN_CACHE`, else `dfcnn` in the user's cache folder."
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home()/".cache"
-    return Path(os.environ.get("DFCNN_CACHE") or Path(home)/"dfcnn")
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("DFCNN_CACHE") or Path(home) / "dfcnn")

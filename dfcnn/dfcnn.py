@@ -21,6 +21,7 @@ __all__ = ['SIZES', 'Sizes', 'DFCNN', 'DFCNNDirect', 'DFCNNtc2']
 @dataclass(frozen=True)
 class Sizes:
     "Sizes of the factorization, layer by layer."
+
     kb: tuple[tuple[int, ...], ...]  # (ĥ, ĉ) of each knowledge base; (ĥ, d, ĉ) for tc2
     c: tuple[int | None, ...]  # channels between deconvolution and contraction; None for direct
 
@@ -43,13 +44,19 @@ SIZES = {  # authors' code
         "cifar10": _cifar_direct,
         "cifar100": _cifar_direct,
     },
-    TwoContractions: {"mnist-5": _mnist_tc2, "mnist-10": _mnist_tc2, "cifar10": _cifar_tc2, "cifar100": _cifar_tc2},
+    TwoContractions: {
+        "mnist-5": _mnist_tc2,
+        "mnist-10": _mnist_tc2,
+        "cifar10": _cifar_tc2,
+        "cifar100": _cifar_tc2,
+    },
 }
 
 # %% ../nbs/11_dfcnn.ipynb #eef2d282
 @register("DF-CNN")
 class DFCNN(LifelongNetwork):
     "The deconvolutional factorized CNN (Sec. 2)."
+
     generator: type[nn.Module] = TwoStage
 
     def __init__(
@@ -61,16 +68,24 @@ class DFCNN(LifelongNetwork):
         super().__init__(arch, seed)
         known = SIZES[self.generator]
         if sizes is None and arch.name not in known:
-            raise BadInput(f"No sizes of {type(self).__name__} were published for the architecture '{arch.name}', only for "
-                           f"{', '.join(known)}. Pass `sizes`.")
+            raise BadInput(
+                f"No sizes of {type(self).__name__} were published for the architecture '{arch.name}', only"
+                f" for {', '.join(known)}. Pass `sizes`."
+            )
         self.sizes = sizes or known[arch.name]
         shapes = [self.generator.kb_shape(kb) for kb in self.sizes.kb]
-        self.kb = nn.ParameterList(new_knowledge_base(s, stream(seed, "init", "kb", l)) for l, s in enumerate(shapes))
+        self.kb = nn.ParameterList(
+            new_knowledge_base(s, stream(seed, "init", "kb", l)) for l, s in enumerate(shapes)
+        )
 
     def new_task(self, generator: torch.Generator) -> nn.Module:
         layers = zip(self.sizes.kb, self.sizes.c, self.arch.conv_shapes)
-        return Parts(generators=nn.ModuleList(self.generator(kb, c, cin, cout, generator) for kb, c, (cin, cout, _) in layers),
-                     head=Head(self.arch, generator))
+        return Parts(
+            generators=nn.ModuleList(
+                self.generator(kb, c, cin, cout, generator) for kb, c, (cin, cout, _) in layers
+            ),
+            head=Head(self.arch, generator),
+        )
 
     def filters(self, task: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
         "Algorithm 1, `reconstruct NN from shared KB`."
@@ -80,10 +95,12 @@ class DFCNN(LifelongNetwork):
 @register("DF-CNN.direct")
 class DFCNNDirect(DFCNN):
     "The ablation without tensor contraction (App. A, a)."
+
     generator = Direct
 
 
 @register("DF-CNN.tc2")
 class DFCNNtc2(DFCNN):
     "The ablation with two tensor contractions (App. A, b)."
+
     generator = TwoContractions

@@ -32,7 +32,7 @@ def contract(
 
 # %% ../nbs/05_factorization.ipynb #b3d7e6d4
 def glorot_bound(*shape: int) -> float:
-    "Bound of the uniform distribution from which TensorFlow draws a tensor of `shape` (TensorFlow's order of axes)."
+    "Bound of the uniform distribution for a tensor of `shape`, in TensorFlow's order of axes."
     field = 1
     for n in shape[:-2]:
         field *= n
@@ -84,7 +84,9 @@ class TwoStage(nn.Module):
     def kb_shape(kb: tuple[int, int]) -> tuple[int, ...]:
         return kb[1], kb[0], kb[0]
 
-    def forward(self, kb: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # W (cout, cin, h, w), bias (cout,)
+    def forward(
+        self, kb: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:  # W (cout, cin, h, w), bias (cout,)
         D = deconvolve(kb, self.V, self.deconv_bias)
         return contract(D, self.U), self.bias
 
@@ -101,7 +103,9 @@ class Direct(nn.Module):
 
     kb_shape = staticmethod(TwoStage.kb_shape)
 
-    def forward(self, kb: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # W (cout, cin, h, w), bias (cout,)
+    def forward(
+        self, kb: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:  # W (cout, cin, h, w), bias (cout,)
         D = deconvolve(kb, self.V, self.deconv_bias)
         return D.unflatten(0, (self.cin, self.cout)).transpose(0, 1), self.bias
 
@@ -122,6 +126,8 @@ class TwoContractions(nn.Module):
     def kb_shape(kb: tuple[int, int, int]) -> tuple[int, ...]:
         return kb[1], kb[2], kb[0], kb[0]
 
-    def forward(self, kb: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # W (cout, cin, h, w), bias (cout,)
+    def forward(
+        self, kb: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:  # W (cout, cin, h, w), bias (cout,)
         D = F.conv_transpose2d(kb, self.V, self.deconv_bias, stride=2, padding=1)  # (d, c, h, w)
         return torch.einsum("mkhw,ma,kb->bahw", D, self.U1, self.U2), self.bias

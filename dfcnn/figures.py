@@ -25,8 +25,8 @@ __all__ = ['GREYS', 'LIFELONG_REPORT', 'targets', 'target', 'by_method', 'captio
 
 # %% ../nbs/32_figures.ipynb #304e116b
 def targets() -> pd.DataFrame:
-    "The paper's numbers: source, data set, setting, model, training fraction, metric, value, half-width of the 95% interval."
-    with (files("dfcnn")/"targets.csv").open(encoding="utf-8") as f:
+    "The paper's numbers: source, data set, setting, model, fraction, metric, value, half of the 95% interval."
+    with (files("dfcnn") / "targets.csv").open(encoding="utf-8") as f:
         return pd.read_csv(f)
 
 
@@ -41,11 +41,16 @@ def by_method(records: Sequence[Record]) -> dict[str, list[Record]]:  # method -
     "Group records that may be shown together, or say why they may not."
     if not records:
         raise BadInput("There are no complete run records to show.")
-    alike = lambda r: {k: v for k, v in vars(r.config).items() if k not in ("method", "trial")} | {"data": r.made_with["data"]}
+    alike = lambda r: {k: v for k, v in vars(r.config).items() if k not in ("method", "trial")} | {
+        "data": r.made_with["data"]
+    }
     for r in records:
         differ = [k for k, v in alike(r).items() if v != alike(records[0])[k]]
         if differ:
-            raise BadInput(f"The records '{records[0].folder.name}' and '{r.folder.name}' differ in {', '.join(differ)} and are not shown together.")
+            raise BadInput(
+                f"The records '{records[0].folder.name}' and '{r.folder.name}' differ in {', '.join(differ)}"
+                " and are not shown together."
+            )
     groups: dict[str, list[Record]] = {}
     for r in records:
         groups.setdefault(r.config.method, []).append(r)
@@ -64,6 +69,7 @@ def caption(records: Sequence[Record]) -> str:
 # %% ../nbs/32_figures.ipynb #2ac188d8
 def peak_table(records: Sequence[Record]) -> pd.DataFrame:  # a row for each method, values as text
     "The table of Fig. 3a and 5a, with the figures of Sec. 4.2 that the paper shows as plots."
+
     def cell(rs: list[Record], key: str, form: str = "{:.1f}", scale: float = 1) -> str:
         mean, half = mean_ci([r.summary[key] * scale for r in rs])
         return form.format(mean) + ("" if np.isnan(half) else f" ± {form.format(half).lstrip('+')}")
@@ -98,7 +104,14 @@ GREYS = {"STL": "0.25", "STL-large": "0.65"}  # dotted lines of reference
 
 def _panels(n: int, width: float, height: float, **kw) -> tuple[plt.Figure, np.ndarray]:
     columns = min(n, 3)
-    fig, axs = plt.subplots(-(-n // columns), columns, figsize=(width * columns, height * -(-n // columns)), squeeze=False, layout="constrained", **kw)
+    fig, axs = plt.subplots(
+        -(-n // columns),
+        columns,
+        figsize=(width * columns, height * -(-n // columns)),
+        squeeze=False,
+        layout="constrained",
+        **kw,
+    )
     for ax in axs.flat[n:]:
         ax.axis("off")
     return fig, axs.flat
@@ -110,14 +123,16 @@ def _finish(fig: plt.Figure, records: Sequence[Record], title: str) -> plt.Figur
     return fig
 
 
-def _mean_over_trials(rs: list[Record], metric: Callable[[pd.DataFrame], pd.Series]) -> pd.DataFrame:  # columns mean, half
+def _mean_over_trials(
+    rs: list[Record], metric: Callable[[pd.DataFrame], pd.Series]
+) -> pd.DataFrame:  # columns mean, half
     "A metric that is a series for each run, averaged index by index."
     values = pd.concat([metric(r.history) for r in rs], axis=1)
     return values.apply(lambda row: pd.Series(mean_ci(row.dropna()), ["mean", "half"]), axis=1)
 
 
 def learning_curves(records: Sequence[Record]) -> plt.Figure:
-    "Test accuracy of every learned task over the epochs of the run, one panel for each method (Fig. 4, 6 and 7)."
+    "Test accuracy of every learned task over the epochs of the run, a panel for each method (Fig. 4, 6, 7)."
     groups, c = by_method(records), records[0].config
     fig, axs = _panels(len(groups), 4.2, 2.9, sharex=True, sharey=True)
     for ax, (method, rs) in zip(axs, groups.items()):
@@ -132,20 +147,35 @@ def learning_curves(records: Sequence[Record]) -> plt.Figure:
         for reference, grey in GREYS.items():
             if reference in groups:
                 for task, peak in _mean_over_trials(groups[reference], peak_accuracy)["mean"].items():
-                    ax.plot([task * c.epochs, (task + 1) * c.epochs], [peak * 100] * 2, ":", color=grey, lw=1.5)
-        ax.set_title(f"{METHODS[method].title} ({rs[0].summary['parameters'] / 1e6:.2f}M parameters)", fontsize=9)
+                    ax.plot(
+                        [task * c.epochs, (task + 1) * c.epochs], [peak * 100] * 2, ":", color=grey, lw=1.5
+                    )
+        ax.set_title(
+            f"{METHODS[method].title} ({rs[0].summary['parameters'] / 1e6:.2f}M parameters)", fontsize=9
+        )
         ax.grid(alpha=0.3)
     fig.supxlabel("epochs of the run", fontsize=9)
     fig.supylabel("test accuracy (%)", fontsize=9)
     return _finish(fig, records, "Mean test accuracy in lifelong learning (as Fig. 4); dotted: peak of STL")
 
-# %% ../nbs/32_figures.ipynb #90d02dfb
-def _by_method_plot(records: Sequence[Record], metric: Callable, title: str, x: str, y: str, shift: int = 0) -> plt.Figure:
+# %% ../nbs/32_figures.ipynb #7d696c48
+def _by_method_plot(
+    records: Sequence[Record], metric: Callable, title: str, x: str, y: str, shift: int = 0
+) -> plt.Figure:
     "One line for each method: a metric against the index of its series, with the interval over trials."
     fig, ax = plt.subplots(figsize=(6, 3.2), layout="constrained")
     for method, rs in by_method(records).items():
         m = _mean_over_trials(rs, metric)
-        ax.errorbar(m.index + shift, m["mean"], None if m.half.isna().all() else m.half, marker="o", ms=3, lw=1.2, capsize=2, label=METHODS[method].title)
+        ax.errorbar(
+            m.index + shift,
+            m["mean"],
+            None if m.half.isna().all() else m.half,
+            marker="o",
+            ms=3,
+            lw=1.2,
+            capsize=2,
+            label=METHODS[method].title,
+        )
     ax.set(xlabel=x, ylabel=y)
     ax.xaxis.get_major_locator().set_params(integer=True)
     ax.grid(alpha=0.3)
@@ -155,12 +185,25 @@ def _by_method_plot(records: Sequence[Record], metric: Callable, title: str, x: 
 
 def forgetting_figure(records: Sequence[Record]) -> plt.Figure:
     "Catastrophic forgetting ratio by the number of tasks learned since (Fig. 3b and 5b)."
-    return _by_method_plot(records, forgetting_curve, "Catastrophic forgetting ratio (as Fig. 3b)", "tasks learned since", "accuracy / peak accuracy")
+    return _by_method_plot(
+        records,
+        forgetting_curve,
+        "Catastrophic forgetting ratio (as Fig. 3b)",
+        "tasks learned since",
+        "accuracy / peak accuracy",
+    )
 
 
 def convergence_figure(records: Sequence[Record]) -> plt.Figure:
     "Epochs to 98% of the peak accuracy, for each task in order (Fig. 5c)."
-    return _by_method_plot(records, convergence_epochs, "Speed of convergence (as Fig. 5c)", "task", "epochs to 98% of peak", shift=1)
+    return _by_method_plot(
+        records,
+        convergence_epochs,
+        "Speed of convergence (as Fig. 5c)",
+        "task",
+        "epochs to 98% of peak",
+        shift=1,
+    )
 
 # %% ../nbs/32_figures.ipynb #b12ab8aa
 def matrix_figure(records: Sequence[Record]) -> plt.Figure:
@@ -172,25 +215,38 @@ def matrix_figure(records: Sequence[Record]) -> plt.Figure:
         ax.imshow(R, cmap="viridis", vmin=0, vmax=max(np.nanmax(R), 1))
         for i in range(n):
             for j in range(i + 1):
-                ax.text(j, i, f"{R[i, j]:.0f}", ha="center", va="center", fontsize=7, color="w" if R[i, j] < 0.6 * np.nanmax(R) else "k")
+                ax.text(
+                    j,
+                    i,
+                    f"{R[i, j]:.0f}",
+                    ha="center",
+                    va="center",
+                    fontsize=7,
+                    color="w" if R[i, j] < 0.6 * np.nanmax(R) else "k",
+                )
         bwt = mean_ci([r.summary["backward_transfer"] * 100 for r in rs])[0]
-        ax.set_title(METHODS[method].title + ("" if np.isnan(bwt) else f", backward transfer {bwt:+.1f}"), fontsize=9)
+        ax.set_title(
+            METHODS[method].title + ("" if np.isnan(bwt) else f", backward transfer {bwt:+.1f}"), fontsize=9
+        )
         ax.set_xticks(range(n), range(1, n + 1), fontsize=7)
         ax.set_yticks(range(n), range(1, n + 1), fontsize=7)
     fig.supxlabel("test accuracy on task", fontsize=9)
     fig.supylabel("after learning task", fontsize=9)
     return _finish(fig, records, "Accuracy matrix (%)")
 
-# %% ../nbs/32_figures.ipynb #919f357f
+# %% ../nbs/32_figures.ipynb #b2c6d6d6
 LIFELONG_REPORT = {
-    "table.csv": peak_table, "learning_curves.png": learning_curves, "forgetting.png": forgetting_figure,
-    "convergence.png": convergence_figure, "accuracy_matrix.png": matrix_figure,
+    "table.csv": peak_table,
+    "learning_curves.png": learning_curves,
+    "forgetting.png": forgetting_figure,
+    "convergence.png": convergence_figure,
+    "accuracy_matrix.png": matrix_figure,
 }
 
 
 def write_report(records: Sequence[Record], folder: str | Path) -> list[Path]:
     "Draw every table and figure of `LIFELONG_REPORT` into `folder`."
-    paths = [Path(folder)/name for name in LIFELONG_REPORT]
+    paths = [Path(folder) / name for name in LIFELONG_REPORT]
     for path in paths:
         drawn = LIFELONG_REPORT[path.name](records)
         with writing(path) as part:

@@ -36,6 +36,7 @@ __all__ = ['CIFAR100_SUPERCLASSES', 'CIFAR100_CLASSES', 'OFFICEHOME_CLASSES', 'L
 @dataclass
 class Images:
     "Decoded images of one data set, on the host."
+
     x: torch.Tensor  # pixels, uint8 (n, 3, height, width)
     y: torch.Tensor  # class of each image, int64 (n,), an index into `classes`
     part: torch.Tensor  # part of each image, int64 (n,), an index into `parts`
@@ -87,16 +88,18 @@ CIFAR100_CLASSES = sorted(" ".join(CIFAR100_SUPERCLASSES.values()).split())  # s
 
 # %% ../nbs/01_images.ipynb #a2bc8c71
 OFFICEHOME_CLASSES = (
-    "Alarm_Clock Backpack Batteries Bed Bike Bottle Bucket Calculator Calendar Candles Chair Clipboards Computer Couch Curtains "
-    "Desk_Lamp Drill Eraser Exit_Sign Fan File_Cabinet Flipflops Flowers Folder Fork Glasses Hammer Helmet Kettle Keyboard Knives "
-    "Lamp_Shade Laptop Marker Monitor Mop Mouse Mug Notebook Oven Pan Paper_Clip Pen Pencil Postit_Notes Printer Push_Pin Radio "
-    "Refrigerator Ruler Scissors Screwdriver Shelf Sink Sneakers Soda Speaker Spoon Table Telephone ToothBrush Toys Trash_Can TV Webcam"
+    "Alarm_Clock Backpack Batteries Bed Bike Bottle Bucket Calculator Calendar Candles Chair Clipboards"
+    " Computer Couch Curtains Desk_Lamp Drill Eraser Exit_Sign Fan File_Cabinet Flipflops Flowers Folder Fork"
+    " Glasses Hammer Helmet Kettle Keyboard Knives Lamp_Shade Laptop Marker Monitor Mop Mouse Mug Notebook"
+    " Oven Pan Paper_Clip Pen Pencil Postit_Notes Printer Push_Pin Radio Refrigerator Ruler Scissors"
+    " Screwdriver Shelf Sink Sneakers Soda Speaker Spoon Table Telephone ToothBrush Toys Trash_Can TV Webcam"
 ).split()
 
 # %% ../nbs/01_images.ipynb #aa83908d
 @dataclass(frozen=True)
 class Layout:
     "What the image folder of a data set must hold: `<part>/<class>/<image file>`."
+
     name: str  # as the user types it; also the name of the folder or archive that is looked for
     title: str  # as the paper writes it
     parts: tuple[str, ...]  # folders at the top; others are ignored
@@ -110,23 +113,38 @@ class Layout:
 
 LAYOUTS = {
     "cifar100": Layout(
-        "cifar100", "CIFAR-100", ("train", "test"), tuple(CIFAR100_CLASSES), 32, False,
+        "cifar100",
+        "CIFAR-100",
+        ("train", "test"),
+        tuple(CIFAR100_CLASSES),
+        32,
+        False,
         least=(20, 100),  # 17 + 3 to train and validate on (4% of 500), all 100 test images
         folders=("cifar100", ""),
         how_to_get=(
-            "CIFAR-100 can come from (a) the download that happens by itself when no data_dir is given and there is a network; "
-            "(b) a folder `cifar100` or an archive `cifar100.tgz` in data_dir, laid out as {train,test}/<class>/<image>; "
-            "(c) the folder `cifar-100-python` of an earlier torchvision download, in data_dir."),
+            "CIFAR-100 can come from (a) the download that happens by itself when no data_dir is given and"
+            " there is a network; (b) a folder `cifar100` or an archive `cifar100.tgz` in data_dir, laid out"
+            " as {train,test}/<class>/<image>; (c) the folder `cifar-100-python` of an earlier torchvision"
+            " download, in data_dir."
+        ),
     ),
     "officehome": Layout(
-        "officehome", "Office-Home", ("Product", "Real World"), tuple(OFFICEHOME_CLASSES), 128, True,
+        "officehome",
+        "Office-Home",
+        ("Product", "Real World"),
+        tuple(OFFICEHOME_CLASSES),
+        128,
+        True,
         least=(4, 4),  # one to validate, one to test, two to train on
         folders=("officehome", "OfficeHomeDataset_10072016", ""),
         how_to_get=(
-            "Office-Home can come from (a) the original archive, unpacked: get `OfficeHomeDataset_10072016.zip` from "
-            "https://www.hemanthdv.org/officeHomeDataset.html and pass the folder that holds `Product` and `Real World` as data_dir; "
-            "(b) the parquet files of the public data set `flwrlabs/office-home`, in data_dir; (c) their download, which happens by "
-            "itself when no data_dir is given, there is a network, and `pip install 'dfcnn[huggingface-hub]'` was done."),
+            "Office-Home can come from (a) the original archive, unpacked: get"
+            " `OfficeHomeDataset_10072016.zip` from https://www.hemanthdv.org/officeHomeDataset.html and pass"
+            " the folder that holds `Product` and `Real World` as data_dir; (b) the parquet files of the"
+            " public data set `flwrlabs/office-home`, in data_dir; (c) their download, which happens by"
+            " itself when no data_dir is given, there is a network, and `pip install"
+            " 'dfcnn[huggingface-hub]'` was done."
+        ),
     ),
 }
 
@@ -148,7 +166,10 @@ def members(
             for m in tar:
                 path = PurePosixPath(m.name)
                 if m.issym() or m.islnk() or path.is_absolute() or ".." in path.parts:
-                    raise BadInput(f"Archive '{source}' holds '{m.name}', a link or a path that leaves its folder. It is not read.")
+                    raise BadInput(
+                        f"Archive '{source}' holds '{m.name}', a link or a path that leaves its folder. It is"
+                        " not read."
+                    )
                 if m.isfile() and path.suffix.lower() in IMAGE_SUFFIXES:
                     data = tar.extractfile(m).read()
                     yield path, lambda data=data: data
@@ -162,17 +183,24 @@ def decode(path: PurePosixPath, data: bytes, size: int, resize: bool) -> np.ndar
         with Image.open(io.BytesIO(data)) as im:
             im = im.convert("RGB")
     except Exception as e:  # Pillow raises many kinds, depending on what is broken
-        raise BadInput(f"Image '{path}' cannot be read ({e}). Replace it or take it out of the folder.") from e
+        raise BadInput(
+            f"Image '{path}' cannot be read ({e}). Replace it or take it out of the folder."
+        ) from e
     if im.size != (size, size):
         if not resize:
-            raise BadInput(f"Image '{path}' is {im.width}x{im.height}, but {size}x{size} was expected: is this the right data set?")
+            raise BadInput(
+                f"Image '{path}' is {im.width}x{im.height}, but {size}x{size} was expected: is this the right"
+                " data set?"
+            )
         im = im.resize((size, size), Image.Resampling.BILINEAR)
     return np.ascontiguousarray(np.asarray(im).transpose(2, 0, 1))
 
 # %% ../nbs/01_images.ipynb #317ef7a7
 def build(
     layout: Layout,  # what is expected
-    items: Iterable[tuple[PurePosixPath, str, str, Callable[[], bytes]]],  # (path, part, class, reader) of each image
+    items: Iterable[
+        tuple[PurePosixPath, str, str, Callable[[], bytes]]
+    ],  # (path, part, class, reader) of each image
     source: str,  # named in errors
 ) -> Images:
     "Decode `items`, keep those of the layout's parts, and check that every class is there in every part."
@@ -203,14 +231,20 @@ def build(
     part, y = (torch.tensor([kept[i][k] for i in order], dtype=torch.int64) for k in (0, 1))
     count = torch.zeros(len(parts), len(classes), dtype=torch.int64)
     count.index_put_((part, y), torch.ones_like(y), accumulate=True)
-    short = [f"{layout.parts[p]}/{layout.classes[c]} ({count[p, c]} of at least {layout.least[p]})"
-             for p, c in torch.nonzero(count < torch.tensor(layout.least)[:, None]).tolist()]
+    short = [
+        f"{layout.parts[p]}/{layout.classes[c]} ({count[p, c]} of at least {layout.least[p]})"
+        for p, c in torch.nonzero(count < torch.tensor(layout.least)[:, None]).tolist()
+    ]
     if short or strangers:
         few = lambda names: ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-        problems = ([f"too few images in {few(short)}"] if short else [])
+        problems = [f"too few images in {few(short)}"] if short else []
         problems += [f"folders that are no class of it: {few(sorted(strangers))}"] if strangers else []
-        raise BadInput(f"'{source}' is not a complete {layout.title}: {'; '.join(problems)}. {layout.how_to_get}")
-    return Images(torch.from_numpy(np.stack([x[i] for i in order])), y, part, list(layout.classes), list(layout.parts))
+        raise BadInput(
+            f"'{source}' is not a complete {layout.title}: {'; '.join(problems)}. {layout.how_to_get}"
+        )
+    return Images(
+        torch.from_numpy(np.stack([x[i] for i in order])), y, part, list(layout.classes), list(layout.parts)
+    )
 
 
 def read_files(layout: Layout, source: Path) -> Images:
@@ -232,14 +266,21 @@ def read_parquet(layout: Layout, files: list[Path]) -> Images:
                 table = pq.ParquetFile(f)
                 missing = {"image", "domain", "label"} - set(table.schema_arrow.names)
                 if missing:
-                    raise BadInput(f"'{f}' has no column {', '.join(sorted(missing))}: it is not {layout.title}. {layout.how_to_get}")
-                features = json.loads((table.schema_arrow.metadata or {}).get(b"huggingface", b"{}")).get("info", {}).get("features", {})
+                    raise BadInput(
+                        f"'{f}' has no column {', '.join(sorted(missing))}: it is not {layout.title}."
+                        f" {layout.how_to_get}"
+                    )
+                features = (
+                    json.loads((table.schema_arrow.metadata or {}).get(b"huggingface", b"{}"))
+                    .get("info", {})
+                    .get("features", {})
+                )
                 names = features.get("label", {}).get("names") or sorted(layout.classes)
                 for batch in table.iter_batches(64, columns=["image", "domain", "label"]):
                     for i, row in enumerate(batch.to_pylist()):
                         data = row["image"]["bytes"] if isinstance(row["image"], dict) else row["image"]
                         label = row["label"] if isinstance(row["label"], str) else names[row["label"]]
-                        yield PurePosixPath(f.name)/str(i), row["domain"], label, lambda data=data: data
+                        yield PurePosixPath(f.name) / str(i), row["domain"], label, lambda data=data: data
             except (pa.ArrowException, OSError, IndexError) as e:
                 raise BadInput(f"Parquet file '{f}' cannot be read ({e}). Is it complete?") from e
 
@@ -256,7 +297,10 @@ def network(layout: Layout, seconds: float = 30):
     except BadInput:
         raise
     except Exception as e:
-        raise BadInput(f"{layout.title} could not be downloaded ({type(e).__name__}: {str(e).partition(chr(10))[0]}). {layout.how_to_get}") from e
+        raise BadInput(
+            f"{layout.title} could not be downloaded ({type(e).__name__}: {str(e).partition(chr(10))[0]})."
+            f" {layout.how_to_get}"
+        ) from e
     finally:
         socket.setdefaulttimeout(before)
 
@@ -280,8 +324,12 @@ def download_parquet(layout: Layout) -> list[Path]:
         raise BadInput(f"There is no data_dir, and huggingface_hub is not installed. {layout.how_to_get}")
     from huggingface_hub import snapshot_download
 
-    folder = snapshot_download("flwrlabs/office-home", repo_type="dataset", allow_patterns="data/*.parquet",
-                               local_dir=cache_dir()/"office-home-parquet")
+    folder = snapshot_download(
+        "flwrlabs/office-home",
+        repo_type="dataset",
+        allow_patterns="data/*.parquet",
+        local_dir=cache_dir() / "office-home-parquet",
+    )
     return sorted(Path(folder).glob("data/*.parquet"))
 
 # %% ../nbs/01_images.ipynb #a87bdc2d
@@ -289,7 +337,7 @@ ARCHIVES = (".tgz", ".tar.gz", ".tar")
 
 
 def locate(layout: Layout, data_dir: str | Path) -> tuple[str, Path | list[Path]]:  # kind of source, where
-    "What `data_dir` holds of this data set: ('files', path), ('torchvision', folder) or ('parquet', list of files)."
+    "What `data_dir` holds of this data set: 'files', 'torchvision' or 'parquet', and where."
     root = Path(data_dir).expanduser().resolve()
     if not root.exists():
         raise BadInput(f"Data folder '{data_dir}' does not exist (looked in '{root}'). {layout.how_to_get}")
@@ -298,14 +346,17 @@ def locate(layout: Layout, data_dir: str | Path) -> tuple[str, Path | list[Path]
             return "parquet", [root]
         if root.name.endswith(ARCHIVES):
             return "files", root
-        raise BadInput(f"'{data_dir}' is neither a folder nor an archive ({', '.join(ARCHIVES)}) nor a parquet file. {layout.how_to_get}")
+        raise BadInput(
+            f"'{data_dir}' is neither a folder nor an archive ({', '.join(ARCHIVES)}) nor a parquet file."
+            f" {layout.how_to_get}"
+        )
     for sub in layout.folders:
-        if any((root/sub/part).is_dir() for part in layout.parts):
-            return "files", root/sub
+        if any((root / sub / part).is_dir() for part in layout.parts):
+            return "files", root / sub
         for suffix in ARCHIVES:
-            if sub and (root/f"{sub}{suffix}").is_file():
-                return "files", root/f"{sub}{suffix}"
-    if layout.name == "cifar100" and (root/"cifar-100-python").is_dir():
+            if sub and (root / f"{sub}{suffix}").is_file():
+                return "files", root / f"{sub}{suffix}"
+    if layout.name == "cifar100" and (root / "cifar-100-python").is_dir():
         return "torchvision", root
     parquet = sorted(chain(root.glob("*.parquet"), root.glob("data/*.parquet")))
     if layout.name == "officehome" and parquet:
@@ -322,7 +373,7 @@ def source_key(layout: Layout, kind: str, where: Path | list[Path]) -> str:
                 h.update(chunk)
         return h.hexdigest()
     if kind == "torchvision":
-        where = where/"cifar-100-python"
+        where = where / "cifar-100-python"
     files = where if isinstance(where, list) else sorted(f for f in where.rglob("*") if f.is_file())
     for f in files:
         stat = f.stat()
@@ -332,7 +383,9 @@ def source_key(layout: Layout, kind: str, where: Path | list[Path]) -> str:
 
 def save_images(images: Images, path: Path) -> None:
     "Keep `images` as a safetensors file, written whole or not at all."
-    meta = dict(classes=json.dumps(images.classes), parts=json.dumps(images.parts), fingerprint=images.fingerprint)
+    meta = dict(
+        classes=json.dumps(images.classes), parts=json.dumps(images.parts), fingerprint=images.fingerprint
+    )
     with writing(path) as part:
         save_file(dict(x=images.x, y=images.y, part=images.part), part, meta)
 
@@ -344,8 +397,12 @@ def load_saved(path: Path) -> Images | None:
     try:
         with safe_open(path, "pt") as f:
             meta = f.metadata()
-            images = Images(*(f.get_tensor(k) for k in ("x", "y", "part")), json.loads(meta["classes"]), json.loads(meta["parts"]),
-                            meta["fingerprint"])
+            images = Images(
+                *(f.get_tensor(k) for k in ("x", "y", "part")),
+                json.loads(meta["classes"]),
+                json.loads(meta["parts"]),
+                meta["fingerprint"],
+            )
         return images if images.checksum() == images.fingerprint else None
     except (SafetensorError, OSError, KeyError, TypeError, ValueError):
         return None
@@ -353,7 +410,7 @@ def load_saved(path: Path) -> Images | None:
 
 def cached(key: str, make: Callable[[], Images]) -> Images:
     "The images kept under `key`, or else those of `make()`, which are then kept."
-    path = cache_dir()/f"{key}.safetensors"
+    path = cache_dir() / f"{key}.safetensors"
     images = load_saved(path)
     if images is None:
         images = make()
@@ -365,15 +422,15 @@ def load_images(
     name: str,  # "cifar100" or "officehome"
     data_dir: str | Path | None = None,  # folder, archive or parquet file of the user's; None: download
 ) -> Images:
-    "Images of a real data set, from the user's files or from a download, out of the cache where they were read before."
+    "Images of a real data set, from the user's files or a download, or from the cache if read before."
     layout = LAYOUTS[name]
     if data_dir is not None:
         kind, where = locate(layout, data_dir)
     elif name == "cifar100":
-        kind, where = "torchvision", cache_dir()/"torchvision"
+        kind, where = "torchvision", cache_dir() / "torchvision"
         with network(layout):
             where.mkdir(parents=True, exist_ok=True)
-            if not (where/"cifar-100-python").is_dir():
+            if not (where / "cifar-100-python").is_dir():
                 read_torchvision(layout, where, download=True)
     else:
         with network(layout):
@@ -384,6 +441,8 @@ def load_images(
         try:
             return read(layout, where)
         except RuntimeError as e:  # torchvision's word for a download that is damaged or half there
-            raise BadInput(f"'{where}' holds a damaged {layout.title} ({e}). Remove it, or: {layout.how_to_get}") from e
+            raise BadInput(
+                f"'{where}' holds a damaged {layout.title} ({e}). Remove it, or: {layout.how_to_get}"
+            ) from e
 
     return cached(f"{name}-{source_key(layout, kind, where)[:16]}", make)

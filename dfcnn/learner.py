@@ -42,11 +42,15 @@ def sum_cross_entropy(
 # %% ../nbs/21_learner.ipynb #d54d55dc
 class TaskBatches:
     "Mini-batches of the task in hand, gathered on the device."
+
     n_inp = 2  # fastai: of (x, task, y) the first two are inputs
 
     def __init__(self, tasks: Sequence[Task], split: str, batch_size: int):
         self.tasks, self.split, self.batch_size = tasks, split, batch_size
-        self.task, self.generator = 0, None  # set by callbacks; without a generator the order is the data's, and nothing is dropped
+        self.task = 0  # set by `TaskSwitch`
+        self.generator = (
+            None  # set by `SeedEpochs`; without it the order is the data's, and nothing is dropped
+        )
 
     @property
     def data(self) -> Split:
@@ -77,6 +81,7 @@ def on_device(tasks: Sequence[Task], device: torch.device) -> list[Task]:
 # %% ../nbs/21_learner.ipynb #89fcf444
 class SeedEpochs(Callback):
     "Give every epoch its own streams for the order of batches and for dropout."
+
     order = -20
 
     def __init__(self, seed: int):
@@ -90,9 +95,10 @@ class SeedEpochs(Callback):
 class TaskSwitch(Callback):
     """Turn to the task that the schedule names for each epoch (Algorithm 1).
 
-    Other callbacks read from the Learner: `task` in hand, `task_epoch` (epochs that it has had before this one), and `task_ends`, whether this is the
-    last of them in a row.
+    Other callbacks read from the Learner: the `task` in hand, `task_epoch` (epochs that it has had before
+    this one), and `task_ends` (whether the next epoch is another task's).
     """
+
     order = -15  # before anything else looks at the task in hand
 
     def __init__(
@@ -135,6 +141,7 @@ class TaskSwitch(Callback):
 
 class InverseTimeDecay(Callback):
     "The learning rate of each epoch, counted over the whole run."
+
     order = -14
 
     def __init__(self, lr: float, decay: float):
@@ -180,6 +187,7 @@ HISTORY = {  # columns of the table of scores
 
 class Evaluate(Callback):
     "Score the learned tasks in place of fastai's validation, and keep the history."
+
     order = 10
 
     def __init__(
@@ -190,15 +198,16 @@ class Evaluate(Callback):
         self.eval_tasks, self.eval_every = tasks, eval_every
         self.rows: list[tuple] = []
         self.learned: set[int] = set()
-        self.settled: dict[tuple[int, str], tuple[float, float]] = {}  # scores that nothing can change any more
+        self.latest: dict[tuple[int, str], tuple[float, float]] = {}  # by task and split
 
     @property
     def history(self) -> pd.DataFrame:
         "The scores so far, with the columns of `HISTORY`."
         return pd.DataFrame(self.rows, columns=list(HISTORY)).astype(HISTORY)
 
-    def add(self, epoch: int, task_epoch: int, evaluated: int, split: str, accuracy: float, loss: float, seconds: float):
-        self.rows.append((epoch, task_epoch, self.learn.task, evaluated, split, accuracy, loss, seconds))
+    def add(self, epoch: int, task_epoch: int, *score):
+        "Append a row: when, the task in hand, and (evaluated, split, accuracy, loss, seconds)."
+        self.rows.append((epoch, task_epoch, self.learn.task, *score))
 
     def evaluate(self, epoch: int, task_epoch: int, evaluated: Sequence[int]):
         "Score `evaluated` tasks on their validation and test sets."
@@ -208,9 +217,10 @@ class Evaluate(Callback):
             still = moving.isdisjoint(self.model.uses(task))
             for split in ("valid", "test"):
                 start = time.perf_counter()
-                if not (still and (task, split) in self.settled):
-                    self.settled[task, split] = score(self.model, getattr(self.eval_tasks[task], split), task)
-                self.add(epoch, task_epoch, task, split, *self.settled[task, split], time.perf_counter() - start)
+                if not (still and (task, split) in self.latest):
+                    self.latest[task, split] = score(self.model, getattr(self.eval_tasks[task], split), task)
+                took = time.perf_counter() - start
+                self.add(epoch, task_epoch, task, split, *self.latest[task, split], took)
 
     def before_epoch(self):
         if self.task_epoch == 0:
@@ -231,13 +241,16 @@ class Evaluate(Callback):
         correct, loss = self.total.tolist()  # waits for the device, so the time is the work's
         took = time.perf_counter() - self.start
         if not loss < float("inf"):
-            raise FloatingPointError(f"The training loss of task {self.learn.task + 1} is {loss} in epoch {self.epoch + 1} of the run.")
-        self.add(self.epoch + 1, self.task_epoch + 1, self.learn.task, "train", correct / self.seen, loss / self.seen, took)
+            where = f"task {self.learn.task + 1} is {loss} in epoch {self.epoch + 1} of the run"
+            raise FloatingPointError(f"The training loss of {where}.")
+        means = correct / self.seen, loss / self.seen
+        self.add(self.epoch + 1, self.task_epoch + 1, self.learn.task, "train", *means, took)
 
     def before_validate(self):
         done, now = self.task_epoch + 1, self.epoch + 1
         self.learned.add(self.learn.task)
-        earlier = sorted(self.learned - {self.learn.task}) if self.task_ends or done % self.eval_every == 0 else []
+        due = self.task_ends or done % self.eval_every == 0
+        earlier = sorted(self.learned - {self.learn.task}) if due else []
         self.evaluate(now, done, [*earlier, self.learn.task])
         raise CancelValidException()
 
@@ -266,17 +279,35 @@ def lifelong_learner(
     "A fastai Learner that learns `tasks` one after the other."
     for t in tasks:
         if len(t.train.y) < batch_size:
-            raise BadInput(f"{t.name} has {len(t.train.y)} training images, fewer than one batch of {batch_size}.")
+            raise BadInput(
+                f"{t.name} has {len(t.train.y)} training images, fewer than one batch of {batch_size}."
+            )
         if len(t.classes) != network.arch.outputs or t.train.x.shape[1:] != network.arch.input:
-            raise BadInput(f"{t.name} has {len(t.classes)} classes of images {tuple(t.train.x.shape[1:])}, but the network "
-                           f"'{network.arch.name}' takes {network.arch.outputs} classes of {network.arch.input}.")
+            raise BadInput(
+                f"{t.name} has {len(t.classes)} classes of images {tuple(t.train.x.shape[1:])}, but the"
+                f" network '{network.arch.name}' takes {network.arch.outputs} classes of"
+                f" {network.arch.input}."
+            )
     device = torch.device(device)
     tasks, schedule = on_device(tasks, device), lifelong_schedule(len(tasks), epochs)
-    dls = DataLoaders(TaskBatches(tasks, "train", batch_size), TaskBatches(tasks, "valid", batch_size), device=device)
+    dls = DataLoaders(
+        TaskBatches(tasks, "train", batch_size), TaskBatches(tasks, "valid", batch_size), device=device
+    )
     return TaskLearner(
-        dls, network.to(device), sum_cross_entropy, opt_func=partial(OptimWrapper, opt=RMSProp), lr=lr, default_cbs=False,
-        cbs=[TrainEvalCallback(), SeedEpochs(seed), TaskSwitch(schedule), InverseTimeDecay(lr, decay),
-             Evaluate(tasks, eval_every), *cbs],
+        dls,
+        network.to(device),
+        sum_cross_entropy,
+        opt_func=partial(OptimWrapper, opt=RMSProp),
+        lr=lr,
+        default_cbs=False,
+        cbs=[
+            TrainEvalCallback(),
+            SeedEpochs(seed),
+            TaskSwitch(schedule),
+            InverseTimeDecay(lr, decay),
+            Evaluate(tasks, eval_every),
+            *cbs,
+        ],
     )
 
 
@@ -289,6 +320,7 @@ def train(learn: TaskLearner) -> pd.DataFrame:  # the history
 # %% ../nbs/21_learner.ipynb #2d5aeb4b
 class Audit(Callback):
     "Check at the end of each task that exactly what it may change has changed."
+
     order = 50
 
     def __init__(self):
@@ -305,6 +337,8 @@ class Audit(Callback):
             after = self.model.state_dict()
             changed = {k for k, v in self.before.items() if not torch.equal(v, after[k])}
             if changed != self.allowed:
-                raise AssertionError(f"Task {self.learn.task + 1} changed {sorted(changed - self.allowed)} against the contract, "
-                                     f"and left {sorted(self.allowed - changed)} as they were.")
+                raise AssertionError(
+                    f"Task {self.learn.task + 1} changed {sorted(changed - self.allowed)} against the"
+                    f" contract, and left {sorted(self.allowed - changed)} as they were."
+                )
             self.changed.append(changed)

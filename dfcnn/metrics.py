@@ -21,7 +21,9 @@ def own_phase(
     split: str = "test",
 ) -> pd.DataFrame:  # indexed by task, in order of epochs
     "Scores of each task while it was itself being trained, from its first epoch on."
-    own = history[(history.trained == history.evaluated) & (history.split == split) & (history.task_epoch > 0)]
+    own = history[
+        (history.trained == history.evaluated) & (history.split == split) & (history.task_epoch > 0)
+    ]
     return own.sort_values(["trained", "epoch"]).set_index("trained")
 
 
@@ -31,20 +33,26 @@ def peak_accuracy(history: pd.DataFrame) -> pd.Series:  # indexed by task, 0 to 
 
 # %% ../nbs/30_metrics.ipynb #11835c7f
 def accuracy_at_best_valid(history: pd.DataFrame) -> pd.Series:  # indexed by task, 0 to 1
-    "Test accuracy of each task at the epoch of its phase with the best validation accuracy (the first such epoch)."
-    valid, test = (own_phase(history, split).set_index("epoch", append=True).accuracy for split in ("valid", "test"))
+    "Test accuracy of each task at the (first) epoch of its phase with the best validation accuracy."
+    valid, test = (
+        own_phase(history, split).set_index("epoch", append=True).accuracy for split in ("valid", "test")
+    )
     return test.loc[valid.groupby("trained").idxmax()].droplevel("epoch")
 
-# %% ../nbs/30_metrics.ipynb #2659adf2
-def accuracy_matrix(history: pd.DataFrame) -> pd.DataFrame:  # rows: after learning i; columns: task j; NaN above the diagonal
+# %% ../nbs/30_metrics.ipynb #e089a569
+def accuracy_matrix(
+    history: pd.DataFrame,
+) -> pd.DataFrame:  # rows: after learning i; columns: task j; NaN above the diagonal
     "Test accuracy of every learned task at the end of each task's training."
     test = history[history.split == "test"]
     ends = test[test.epoch == test.groupby("trained").epoch.transform("max")]
-    return ends.drop_duplicates(["trained", "evaluated"], keep="last").pivot(index="trained", columns="evaluated", values="accuracy")
+    return ends.drop_duplicates(["trained", "evaluated"], keep="last").pivot(
+        index="trained", columns="evaluated", values="accuracy"
+    )
 
 
 def forgetting_ratio(history: pd.DataFrame) -> pd.DataFrame:  # like `accuracy_matrix`
-    "Catastrophic forgetting ratio (Sec. 4.2): accuracy after each later task, divided by the task's peak accuracy."
+    "Catastrophic forgetting ratio (Sec. 4.2): accuracy after each later task, over the task's peak."
     return accuracy_matrix(history) / peak_accuracy(history)
 
 # %% ../nbs/30_metrics.ipynb #eaa3f570
@@ -56,7 +64,7 @@ def forgetting_curve(history: pd.DataFrame) -> pd.Series:  # indexed by the numb
 
 # %% ../nbs/30_metrics.ipynb #091706dc
 def backward_transfer(history: pd.DataFrame) -> float:  # in accuracy, -1 to 1; NaN with a single task
-    "Mean change of earlier tasks' test accuracy from the end of their own training to the end of the run, with its sign."
+    "Mean signed change of earlier tasks' test accuracy, from the end of their training to the end of the run."
     R = accuracy_matrix(history)
     gain = R.iloc[-1] - np.diag(R)
     return float(gain.iloc[:-1].mean())
@@ -75,7 +83,9 @@ def convergence_epochs(
 def seconds(history: pd.DataFrame) -> pd.Series:  # 'training', 'evaluation'
     "Seconds spent on training and on evaluation."
     training = history.split == "train"
-    return pd.Series(dict(training=history.seconds[training].sum(), evaluation=history.seconds[~training].sum()))
+    return pd.Series(
+        dict(training=history.seconds[training].sum(), evaluation=history.seconds[~training].sum())
+    )
 
 # %% ../nbs/30_metrics.ipynb #c2367bfb
 def mean_ci(

@@ -21,6 +21,7 @@ __all__ = ['ARCHITECTURES', 'METHODS', 'Architecture', 'max_pool_same', 'conv_bl
 @dataclass(frozen=True)
 class Architecture:
     "The CNN of a task."
+
     name: str  # a method looks its own sizes up under this name
     input: tuple[int, int, int]  # channels, height, width
     kernels: tuple[int, ...]  # side of each conv layer's filters
@@ -45,18 +46,23 @@ class Architecture:
 
 _mnist = Architecture("mnist-5", (1, 28, 28), (5, 5), (32, 64), (2, 2), (32,), 2)
 _cifar = Architecture("cifar100", (3, 32, 32), (3, 3, 3, 3), (32, 32, 64, 64), (0, 2, 0, 2), (64,), 10)
-_home = Architecture("officehome", (3, 128, 128), (11, 5, 3, 3), (64, 256, 256, 256), (3, 3, 2, 2), (256, 64), 13)
-ARCHITECTURES = {a.name: a for a in (
-    _mnist,  # five tasks: pairs of digits
-    replace(_mnist, name="mnist-10"),  # ten tasks: one digit against the rest; only the knowledge bases differ
-    replace(_cifar, name="cifar10", outputs=2),
-    replace(_cifar, name="cifar10-reduced", outputs=2, channels=(24, 24, 48, 48), hidden=(32,)),
-    _cifar,
-    replace(_cifar, name="cifar100-large", channels=(48, 48, 96, 96), hidden=(128,)),
-    replace(_cifar, name="cifar100-reduced", channels=(24, 24, 48, 48), hidden=(32,)),
-    _home,
-    replace(_home, name="officehome-large", channels=(128, 256, 512, 512), hidden=(1024, 128)),
-)}
+_home = Architecture(
+    "officehome", (3, 128, 128), (11, 5, 3, 3), (64, 256, 256, 256), (3, 3, 2, 2), (256, 64), 13
+)
+ARCHITECTURES = {
+    a.name: a
+    for a in (
+        _mnist,  # five tasks: pairs of digits
+        replace(_mnist, name="mnist-10"),  # ten: one digit against the rest, with other knowledge bases
+        replace(_cifar, name="cifar10", outputs=2),
+        replace(_cifar, name="cifar10-reduced", outputs=2, channels=(24, 24, 48, 48), hidden=(32,)),
+        _cifar,
+        replace(_cifar, name="cifar100-large", channels=(48, 48, 96, 96), hidden=(128,)),
+        replace(_cifar, name="cifar100-reduced", channels=(24, 24, 48, 48), hidden=(32,)),
+        _home,
+        replace(_home, name="officehome-large", channels=(128, 256, 512, 512), hidden=(1024, 128)),
+    )
+}
 
 # %% ../nbs/10_networks.ipynb #34db882c
 def max_pool_same(
@@ -86,7 +92,9 @@ def conv_block(
 # %% ../nbs/10_networks.ipynb #b7d53315
 def weight(shape: tuple[int, ...], generator: torch.Generator) -> nn.Parameter:
     "Truncated normal, standard deviation 0.05 before the cut at 0.1."
-    return nn.Parameter(nn.init.trunc_normal_(torch.empty(shape), std=0.05, a=-0.1, b=0.1, generator=generator))
+    return nn.Parameter(
+        nn.init.trunc_normal_(torch.empty(shape), std=0.05, a=-0.1, b=0.1, generator=generator)
+    )
 
 
 def bias(n: int) -> nn.Parameter:
@@ -144,7 +152,7 @@ class LifelongNetwork(nn.Module):
         super().__init__()
         self.arch, self.seed = arch, seed
         self.tasks = nn.ModuleList()
-        self.register_buffer("n_tasks", torch.tensor(0))  # in the state dict it says how many tasks to add before loading
+        self.register_buffer("n_tasks", torch.tensor(0))  # tells `load_state_dict` how many to add
 
     def new_task(self, generator: torch.Generator) -> nn.Module:
         "What the next task owns; its part `head` is a `Head`."
@@ -165,7 +173,9 @@ class LifelongNetwork(nn.Module):
         self.tasks.append(self.new_task(generator).to(like.device).train(self.training))
         self.n_tasks += 1
 
-    def forward(self, x: torch.Tensor, task: int) -> torch.Tensor:  # (n, channels, height, width) -> logits (n, outputs)
+    def forward(
+        self, x: torch.Tensor, task: int
+    ) -> torch.Tensor:  # (n, channels, height, width) -> logits (n, outputs)
         for (W, b), pool in zip(self.filters(task), self.arch.pools):
             x = conv_block(x, W, b, pool)
         return self.head_of(task)(x)
@@ -192,6 +202,7 @@ class LifelongNetwork(nn.Module):
 @dataclass(frozen=True)
 class Method:
     "An entry of the list of methods."
+
     name: str  # as the user types it
     title: str  # as the paper writes it
     network: type[LifelongNetwork]
@@ -203,9 +214,11 @@ METHODS: dict[str, Method] = {}
 
 def register(name: str, title: str | None = None, size: str = ""):
     "Class decorator: list a `LifelongNetwork` as a method. Use it twice to list the network in two sizes."
+
     def add(network: type[LifelongNetwork]):
         METHODS[name] = Method(name, title or name, network, size)
         return network
+
     return add
 
 

@@ -9,14 +9,24 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .networks import Architecture, Convolutions, Head, LifelongNetwork, Parts, bias, conv_block, register, weight
+from dfcnn.networks import (
+    Architecture,
+    Convolutions,
+    Head,
+    LifelongNetwork,
+    Parts,
+    bias,
+    conv_block,
+    register,
+    weight,
+)
 
 # %% auto #0
 __all__ = ['Adapter', 'ProgNN']
 
-# %% ../nbs/13_progressive.ipynb #0585a33e
+# %% ../nbs/13_progressive.ipynb #51457652
 class Adapter(nn.Module):
-    "The lateral path from one layer's input in an earlier column to the pre-activation of that layer in a new one."
+    "The path from a layer's input in an earlier column to its pre-activation in a new one."
 
     def __init__(
         self,
@@ -31,7 +41,9 @@ class Adapter(nn.Module):
         self.V, self.b = weight((n, cin, 1, 1), generator), bias(n)
         self.U = weight((cout, n, k, k), generator)
 
-    def forward(self, h: torch.Tensor) -> torch.Tensor:  # (batch, cin, height, width) -> (batch, cout, height, width)
+    def forward(
+        self, h: torch.Tensor
+    ) -> torch.Tensor:  # (batch, cin, height, width) -> (batch, cout, height, width)
         reduced = F.relu(F.conv2d(self.alpha * h, self.V, self.b))
         return F.conv2d(reduced, self.U, padding=self.U.shape[-1] // 2)
 
@@ -42,9 +54,15 @@ class ProgNN(LifelongNetwork):
 
     def new_task(self, generator: torch.Generator) -> nn.Module:
         t = len(self.tasks)  # earlier columns
-        adapters = [nn.ModuleList(Adapter(cin, cin // (2 * (t + 1)), cout, k, generator) for _ in range(t))
-                    for cin, cout, k in self.arch.conv_shapes[1:]]
-        return Parts(conv=Convolutions(self.arch, generator), adapters=nn.ModuleList(adapters), head=Head(self.arch, generator))
+        adapters = [
+            nn.ModuleList(Adapter(cin, cin // (2 * (t + 1)), cout, k, generator) for _ in range(t))
+            for cin, cout, k in self.arch.conv_shapes[1:]
+        ]
+        return Parts(
+            conv=Convolutions(self.arch, generator),
+            adapters=nn.ModuleList(adapters),
+            head=Head(self.arch, generator),
+        )
 
     def filters(self, task: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
         "A column's own filters, without what comes through its adapters."
@@ -54,7 +72,10 @@ class ProgNN(LifelongNetwork):
         "The features of columns 0 to `task`, layer by layer, each layer in all of them."
         filters, h = [self.filters(t) for t in range(task + 1)], [x] * (task + 1)
         for layer, pool in enumerate(self.arch.pools):
-            h = [conv_block(h[t], *filters[t][layer], pool, self.lateral(h[:t], t, layer)) for t in range(task + 1)]
+            h = [
+                conv_block(h[t], *filters[t][layer], pool, self.lateral(h[:t], t, layer))
+                for t in range(task + 1)
+            ]
         return h
 
     def lateral(self, h: list[torch.Tensor], t: int, layer: int) -> torch.Tensor | None:

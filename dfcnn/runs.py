@@ -33,13 +33,14 @@ from .tasks import DATASETS, DataSet, Task, task_sequence
 
 # %% auto #0
 __all__ = ['TRAINING', 'SAME', 'Training', 'RunConfig', 'Record', 'write_history', 'load_record', 'load_records', 'code_checksum',
-           'made_with', 'KeepHistory', 'run', 'ShowProgress', 'Study', 'can_build', 'pick_methods', 'lifelong_study',
-           'notebook_parameters']
+           'made_with', 'KeepHistory', 'run', 'ShowProgress', 'Study', 'can_build', 'pick_methods', 'scoring_interval',
+           'lifelong_study', 'notebook_parameters']
 
 # %% ../nbs/31_runs.ipynb #4179c9f7
 @dataclass(frozen=True)
 class Training:
     "How the networks of a data set are trained."
+
     batch_size: int
     lr: float  # RMSProp's learning rate in the first epoch
     decay: float  # of the learning rate, per epoch
@@ -56,6 +57,7 @@ TRAINING = {  # by architecture, since the stand-ins are trained as what they st
 @dataclass(frozen=True)
 class RunConfig:
     "All that a run depends on, apart from the images and the code."
+
     dataset: str
     method: str
     epochs: int  # per task
@@ -84,6 +86,7 @@ class RunConfig:
 @dataclass
 class Record:
     "What a run left on disk."
+
     folder: Path
     config: RunConfig
     made_with: dict[str, Any] = field(repr=False)  # data, code, versions, device
@@ -101,9 +104,12 @@ def load_record(folder: str | Path) -> Record:
     "Read the record in `folder`."
     folder = Path(folder)
     try:
-        config = json.loads((folder/"config.json").read_text(encoding="utf-8"))
-        history = pd.read_csv(folder/"history.csv", dtype={k: t for k, t in HISTORY.items() if t != "object"})
-        summary = json.loads((folder/"summary.json").read_text(encoding="utf-8")) if (folder/"summary.json").exists() else {}
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        history = pd.read_csv(
+            folder / "history.csv", dtype={k: t for k, t in HISTORY.items() if t != "object"}
+        )
+        done = folder / "summary.json"
+        summary = json.loads(done.read_text(encoding="utf-8")) if done.exists() else {}
         summary = {k: float("nan") if v is None else v for k, v in summary.items()}
         return Record(folder, RunConfig(**config["config"]), config["made_with"], history, summary)
     except (OSError, KeyError, TypeError, ValueError) as e:
@@ -142,6 +148,7 @@ SAME = ("data", "code", "torch", "device")  # what must agree before a record is
 # %% ../nbs/31_runs.ipynb #f083410b
 class KeepHistory(Callback):
     "Write the history at the end of every task, and every minute in between."
+
     order = 60
 
     def __init__(self, path: Path, every: float = 60.0):
@@ -160,39 +167,52 @@ def run(
     device: torch.device | str = "cpu",
     cbs: list[Callback] | None = None,  # more callbacks, such as a progress bar
 ) -> Record:
-    "Train and evaluate one method on one trial, and leave a record. A complete record of the same run is used again."
-    device, folder = torch.device(device), Path(output_dir)/config.name
+    "Train and evaluate one method on one trial, and leave a record; use a complete one again."
+    device, folder = torch.device(device), Path(output_dir) / config.name
     about = made_with(images, device)
-    if (folder/"summary.json").exists():
+    if (folder / "summary.json").exists():
         record = load_record(folder)
         if record.config == config and all(record.made_with.get(k) == about[k] for k in SAME):
             return record
         for name in ("summary.json", "history.csv"):  # made by other code or from other data
-            (folder/name).unlink()
+            (folder / name).unlink()
 
     trial = ("trial", config.trial)
     tasks = task_sequence(config.dataset, images, n_tasks=config.tasks, trial=config.trial, seed=config.seed)
-    network = build_network(config.method, DATASETS[config.dataset].architecture, stream_seed(config.seed, *trial, "init"))
+    network = build_network(
+        config.method, DATASETS[config.dataset].architecture, stream_seed(config.seed, *trial, "init")
+    )
     about["tasks"] = [t.name for t in tasks]
-    write_text(folder/"config.json", json.dumps(dict(config=asdict(config), made_with=about), indent=1))
+    write_text(folder / "config.json", json.dumps(dict(config=asdict(config), made_with=about), indent=1))
     learn = lifelong_learner(
-        network, tasks, config.epochs, config.lr, config.decay, config.batch_size, config.eval_every,
-        seed=stream_seed(config.seed, *trial, "training"), device=device, cbs=[KeepHistory(folder/"history.csv"), *(cbs or [])])
+        network,
+        tasks,
+        config.epochs,
+        config.lr,
+        config.decay,
+        config.batch_size,
+        config.eval_every,
+        seed=stream_seed(config.seed, *trial, "training"),
+        device=device,
+        cbs=[KeepHistory(folder / "history.csv"), *(cbs or [])],
+    )
     history = train(learn)
     summary = dict(parameters=count_parameters(network), **summarize(history))
-    write_text(folder/"summary.json", json.dumps({k: None if v != v else v for k, v in summary.items()}, indent=1))  # JSON has no NaN
+    without_nan = {k: None if v != v else v for k, v in summary.items()}  # JSON has no NaN
+    write_text(folder / "summary.json", json.dumps(without_nan, indent=1))
     return load_record(folder)
 
 # %% ../nbs/31_runs.ipynb #5f3b0ed5
 class ShowProgress(Callback):
     "One bar over the epochs of all runs of a study, and a printed line whenever a task has been learned."
+
     order = 70
 
     def __init__(self, bar: Any, before: int, title: str):
         self.bar, self.before, self.title = bar, before, title
 
     def after_epoch(self):
-        accuracy, _ = self.learn.evaluate.settled[self.learn.task, "test"]
+        accuracy, _ = self.learn.evaluate.latest[self.learn.task, "test"]
         where = f"{self.title}, task {self.learn.task + 1} of {len(self.learn.evaluate.eval_tasks)}"
         self.bar.comment = f"{where}, test accuracy {accuracy:.1%}"
         self.bar.update(self.before + self.epoch + 1)
@@ -203,6 +223,7 @@ class ShowProgress(Callback):
 @dataclass
 class Study:
     "Runs on the same images."
+
     configs: list[RunConfig]
     images: Images = field(repr=False)
     output_dir: Path
@@ -221,14 +242,31 @@ class Study:
         "What is about to be run, in one paragraph and a table of methods."
         c, paper = self.configs[0], TRAINING[self.dataset.architecture]
         trials = 1 + max(c.trial for c in self.configs)
-        lines = [f"**{self.dataset.title}**: {c.tasks} tasks, {c.epochs} epochs each, {trials} trial{'s' if trials > 1 else ''}, "
-                 f"on {self.device}. Mini-batches of {c.batch_size}, learning rate {c.lr:g}, decay {c.decay:g} per epoch, seed {c.seed}.", ""]
+        lines = [
+            (
+                f"**{self.dataset.title}**: {c.tasks} tasks, {c.epochs} epochs each, {trials}"
+                f" trial{'s' if trials > 1 else ''}, on {self.device}. Mini-batches of {c.batch_size},"
+                f" learning rate {c.lr:g}, decay {c.decay:g} per epoch, seed {c.seed}."
+            ),
+            "",
+        ]
         if c.short:
-            lines += [f"**This is a short run**: {c.short}. What it shows is not the paper's result; the paper's schedule is "
-                      f"`-p epochs {paper.epochs} -p trials {paper.trials}` with all tasks.", ""]
+            lines += [
+                (
+                    f"**This is a short run**: {c.short}. What it shows is not the paper's result; the"
+                    f" paper's schedule is `-p epochs {paper.epochs} -p trials {paper.trials}` with all"
+                    " tasks."
+                ),
+                "",
+            ]
         if self.dataset.stand_in:
-            lines += ["**These images are a stand-in** that the package drew itself. They are not the paper's data, "
-                      "and the numbers below say nothing about the paper's.", ""]
+            lines += [
+                (
+                    "**These images are a stand-in** that the package drew itself. They are not the paper's"
+                    " data, and the numbers below say nothing about the paper's."
+                ),
+                "",
+            ]
         lines += ["| method | parameters for these tasks |", "|---|---:|"]
         for m in dict.fromkeys(c.method for c in self.configs):
             with torch.device("meta"):
@@ -262,9 +300,12 @@ def can_build(method: str, architecture: str) -> bool:
 
 
 def pick_methods(methods: str | list[str], architecture: str) -> list[str]:
-    "Method names out of a list or a string ('STL HPS', 'STL, HPS', 'all'), checked to exist for the architecture."
+    "Method names out of a list or a string ('STL HPS', 'STL, HPS', 'all'), checked to be buildable."
     if not isinstance(methods, (str, list, tuple)) or not methods:
-        raise BadInput(f"Parameter 'methods' must name one or more of {', '.join(METHODS)}, or be 'all', but it is {methods!r}.")
+        raise BadInput(
+            f"Parameter 'methods' must name one or more of {', '.join(METHODS)}, or be 'all', but it is"
+            f" {methods!r}."
+        )
     names = methods.replace(",", " ").split() if isinstance(methods, str) else list(methods)
     if names == ["all"]:
         return [m for m in METHODS if can_build(m, architecture)]
@@ -272,6 +313,11 @@ def pick_methods(methods: str | list[str], architecture: str) -> list[str]:
     for m in names:
         build_network(m, architecture)  # says why where it cannot be built
     return names
+
+
+def scoring_interval(epochs: int) -> int:
+    "Epochs between two scores of the tasks learned before: twenty per task, but never oftener than every fifth."
+    return max(5, epochs // 20)
 
 
 def lifelong_study(
@@ -284,38 +330,54 @@ def lifelong_study(
     data_dir: str | None = None,  # the user's images; None: download, or drawn by the package
     output_dir: str = "reports/lifelong",  # records go to <output_dir>/<dataset>
     device: str = "auto",
-    eval_every: int | None = None,  # epochs between two scores of earlier tasks; None: twenty times per task, but not oftener than every fifth
+    eval_every: int | None = None,  # epochs between two scores of earlier tasks; None: see `scoring_interval`
 ) -> Study:
     "Check everything, load the images, and list the runs: every method on the same trials."
     dataset = DATASETS[check_choice("data set", dataset, DATASETS)]
     methods, training = pick_methods(methods, dataset.architecture), TRAINING[dataset.architecture]
     for name, value in dict(data_dir=data_dir, output_dir=output_dir, device=device).items():
-        if not (isinstance(value, (str, os.PathLike)) and str(value)) and not (name == "data_dir" and value is None):
+        if not (isinstance(value, (str, os.PathLike)) and str(value)) and not (
+            name == "data_dir" and value is None
+        ):
             raise BadInput(f"Parameter '{name}' must be text, but it is {value!r} ({type(value).__name__}).")
     if dataset.stand_in and data_dir is not None:
-        raise BadInput(f"'{dataset.name}' is drawn by the package and takes no data_dir. For real images choose dataset cifar100 or officehome.")
+        raise BadInput(
+            f"'{dataset.name}' is drawn by the package and takes no data_dir. For real images choose dataset"
+            " cifar100 or officehome."
+        )
     epochs = dataset.look if epochs is None else check_number("epochs", epochs, 1)
     config = RunConfig(
-        dataset.name, methods[0], epochs,
-        tasks=len(dataset.groups()) if tasks is None else check_number("tasks", tasks, 1, len(dataset.groups())),
-        batch_size=training.batch_size, lr=training.lr, decay=training.decay,
-        eval_every=max(5, epochs // 20) if eval_every is None else check_number("eval_every", eval_every, 1),
-        seed=check_number("seed", seed, 0))
+        dataset.name,
+        methods[0],
+        epochs,
+        tasks=(
+            len(dataset.groups()) if tasks is None else check_number("tasks", tasks, 1, len(dataset.groups()))
+        ),
+        batch_size=training.batch_size,
+        lr=training.lr,
+        decay=training.decay,
+        eval_every=(
+            scoring_interval(epochs) if eval_every is None else check_number("eval_every", eval_every, 1)
+        ),
+        seed=check_number("seed", seed, 0),
+    )
     trials, device = check_number("trials", trials, 1), pick_device(device)
-    output = Path(output_dir)/dataset.name
+    output = Path(output_dir) / dataset.name
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise BadInput(f"Output folder '{output}' cannot be made ({e}). Choose another output_dir.") from e
     images = dataset.images(data_dir)
-    return Study([replace(config, method=m, trial=t) for m in methods for t in range(trials)], images, output, device)
+    return Study(
+        [replace(config, method=m, trial=t) for m in methods for t in range(trials)], images, output, device
+    )
 
 # %% ../nbs/31_runs.ipynb #6ccba98f
 def notebook_parameters(
     namespace: dict[str, Any],  # the notebook's `globals()`
     target: Callable,  # the function that takes the parameters
 ) -> dict[str, Any]:  # keyword arguments for `target`
-    "The notebook's variables that are arguments of `target`; whatever papermill set must be among them, with the value that it set."
+    "The notebook's variables that are arguments of `target`, checked against what papermill set."
     if "get_ipython" in namespace:  # in a notebook a refusal is one sentence, not a page of calls
         namespace["get_ipython"]().set_custom_exc((BadInput,), _show_refusal)
     choices = list(inspect.signature(target).parameters)
@@ -327,8 +389,10 @@ def notebook_parameters(
             for name, value in asked.items():
                 check_choice("parameter", name, choices)
                 if given.get(name) != value:
-                    raise BadInput(f"Parameter '{name}' was set to {value!r}, but the notebook would run with {given.get(name)!r}. "
-                                   "Does the cell of defaults still have its tag `parameters`?")
+                    raise BadInput(
+                        f"Parameter '{name}' was set to {value!r}, but the notebook would run with"
+                        f" {given.get(name)!r}. Does the cell of defaults still have its tag `parameters`?"
+                    )
     return given
 
 

@@ -74,6 +74,7 @@ def draw(
     clutter: int = 3,  # colored blobs behind the shape
 ) -> np.ndarray:  # uint8 (n, 3, size, size)
     "Draw `n` images of the class `outline` with `texture`."
+
     def some(low, high, *shape):
         return rng.uniform(low, high, (n, *shape)).astype("float32")
 
@@ -91,8 +92,12 @@ def draw(
         inside = inside * _step((radius - 0.55 * edge) * scale * size)
     pattern = _step(4 * TEXTURES[texture](1.1 * u, 1.1 * v))[:, None]
 
-    hue = list(TEXTURES).index(texture) / len(TEXTURES) + STRAY * rng.standard_normal((n, 1, 1, 1)).astype("float32")
-    one, two = _color(hue, some(0.5, 1, 1, 1, 1)), _color(hue + 0.5 * some(0, 1, 1, 1, 1), some(0, 0.5, 1, 1, 1))
+    hue = list(TEXTURES).index(texture) / len(TEXTURES) + STRAY * rng.standard_normal((n, 1, 1, 1)).astype(
+        "float32"
+    )
+    one, two = _color(hue, some(0.5, 1, 1, 1, 1)), _color(
+        hue + 0.5 * some(0, 1, 1, 1, 1), some(0, 0.5, 1, 1, 1)
+    )
     ground = some(0.1, 0.9, 1, 1, 1) + some(-0.15, 0.15, 3, 1, 1)
     back = ground + 0.2 * some(-1, 1, 3, 1, 1) * (xx * some(-1, 1, 1, 1, 1) + yy * some(-1, 1, 1, 1, 1))
     for _ in range(clutter):
@@ -116,14 +121,18 @@ def _draw_all(classes: list[str], parts: dict[str, tuple[int, int]], size: int, 
     bar.comment = f"classes of {name} drawn"
     for p, c in bar:
         n, clutter = list(parts.values())[p]
-        x.append(draw(*classes[c].split(), n, size, np.random.default_rng(stream_seed(0, name, p, c)), clutter))
+        x.append(
+            draw(*classes[c].split(), n, size, np.random.default_rng(stream_seed(0, name, p, c)), clutter)
+        )
         y += [c] * n
         part += [p] * n
-    return Images(torch.from_numpy(np.concatenate(x)), torch.tensor(y), torch.tensor(part), list(classes), list(parts))
+    return Images(
+        torch.from_numpy(np.concatenate(x)), torch.tensor(y), torch.tensor(part), list(classes), list(parts)
+    )
 
 
 def _kept(classes: list[str], parts: dict[str, tuple[int, int]], size: int, name: str) -> Images:
-    "The drawn data set, from the cache where the same strokes made it before: its key is a sample of every class."
+    "The drawn data set, kept in the cache under a key made from a sample of every class."
     key = hashlib.sha256(json.dumps([classes, parts, size, name]).encode())
     for label in classes:
         key.update(draw(*label.split(), 1, size, np.random.default_rng(0)))

@@ -24,6 +24,7 @@ __all__ = ['CIFAR100_HALVES', 'OFFICEHOME_GROUPS', 'CIFAR_SPLIT', 'HOME_SPLIT', 
 # %% ../nbs/03_tasks.ipynb #e22d522c
 class Split(NamedTuple):
     "One of a task's three sets."
+
     x: torch.Tensor  # images as the network sees them, float32 (n, 3, height, width)
     y: torch.Tensor  # labels within the task, int64 (n,)
 
@@ -31,6 +32,7 @@ class Split(NamedTuple):
 @dataclass
 class Task:
     "One learning task of a sequence."
+
     name: str  # says which of the listed tasks it is, in whatever order they come
     classes: list[str]  # names of labels 0, 1, ...
     train: Split
@@ -43,10 +45,14 @@ class Task:
 
 # %% ../nbs/03_tasks.ipynb #4e75f24b
 CIFAR100_HALVES = (  # authors' code: tasks 1-5 draw on the first ten superclasses, tasks 6-10 on the second
-    "aquatic_mammals fish flowers food_containers fruit_and_vegetables household_furniture insects large_carnivores "
-    "large_man-made_outdoor_things vehicles_1",
-    "household_electrical_devices large_natural_outdoor_scenes large_omnivores_and_herbivores medium_mammals "
-    "non-insect_invertebrates people reptiles small_mammals trees vehicles_2",
+    (
+        "aquatic_mammals fish flowers food_containers fruit_and_vegetables household_furniture insects"
+        " large_carnivores large_man-made_outdoor_things vehicles_1"
+    ),
+    (
+        "household_electrical_devices large_natural_outdoor_scenes large_omnivores_and_herbivores"
+        " medium_mammals non-insect_invertebrates people reptiles small_mammals trees vehicles_2"
+    ),
 )
 
 
@@ -68,21 +74,32 @@ OFFICEHOME_GROUPS = (  # authors' code: indices into the 65 class names
 
 def officehome_groups() -> list[tuple[str, list[str]]]:  # (task name, its thirteen class names) for ten tasks
     "The class groups of the Office-Home tasks (authors' code); a task's name begins with its domain."
-    return [(f"{domain} {i + 1}", [OFFICEHOME_CLASSES[c] for c in group])
-            for domain in ("Product", "Real World") for i, group in enumerate(OFFICEHOME_GROUPS)]
+    return [
+        (f"{domain} {i + 1}", [OFFICEHOME_CLASSES[c] for c in group])
+        for domain in ("Product", "Real World")
+        for i, group in enumerate(OFFICEHOME_GROUPS)
+    ]
 
 # %% ../nbs/03_tasks.ipynb #4516f3a4
 def shapes_groups() -> list[tuple[str, list[str]]]:  # (task name, its ten class names) for ten tasks
     "The class groups of the stand-in for CIFAR-100."
     outlines, textures = list(OUTLINES)[:10], list(TEXTURES)
-    return [(f"task {i + 1}", [f"{o} {textures[(k + i) % 10]}" for k, o in enumerate(outlines)]) for i in range(10)]
+    return [
+        (f"task {i + 1}", [f"{o} {textures[(k + i) % 10]}" for k, o in enumerate(outlines)])
+        for i in range(10)
+    ]
 
 
-def shapes_home_groups() -> list[tuple[str, list[str]]]:  # (task name, its thirteen class names) for ten tasks
+def shapes_home_groups() -> (
+    list[tuple[str, list[str]]]
+):  # (task name, its thirteen class names) for ten tasks
     "The class groups of the stand-in for Office-Home."
     textures = list(TEXTURES)[:5]
-    return [(f"{domain} {i + 1}", [f"{o} {textures[(k + i) % 5]}" for k, o in enumerate(OUTLINES)])
-            for domain in ("plain", "cluttered") for i in range(5)]
+    return [
+        (f"{domain} {i + 1}", [f"{o} {textures[(k + i) % 5]}" for k, o in enumerate(OUTLINES)])
+        for domain in ("plain", "cluttered")
+        for i in range(5)
+    ]
 
 # %% ../nbs/03_tasks.ipynb #c8c448ff
 def split_counts(
@@ -100,22 +117,25 @@ def split_counts(
         counts = {k: max(1, round(share * len(pool))) for k, share in rule.items()}
         counts["train"] = len(pool) - counts["valid"] - counts["test"]
     if sum(counts.values()) > len(pool) or min(counts.values()) < 1:
-        raise BadInput(f"Class '{images.classes[label]}' has {len(pool)} images in '{part}', too few for {rule}.")
+        raise BadInput(
+            f"Class '{images.classes[label]}' has {len(pool)} images in '{part}', too few for {rule}."
+        )
     return dict(zip(counts, pool.split(list(counts.values()) + [len(pool) - sum(counts.values())])))
 
 # %% ../nbs/03_tasks.ipynb #a5f4ac9d
 def standardize(
     x: torch.Tensor,  # float32 (n, channels, height, width)
 ) -> torch.Tensor:
-    "Mean 0 and standard deviation 1 for each channel over all of `x`; the deviation is floored at 1/sqrt(number of pixels)."
+    "Scale each channel to mean 0, deviation 1 over all of `x`; the deviation is at least 1/sqrt(pixels)."
     pixels = x.numel() / x.shape[1]
     std, mean = torch.std_mean(x, dim=(0, 2, 3), correction=0, keepdim=True)
-    return (x - mean) / std.clamp(min=pixels ** -0.5)
+    return (x - mean) / std.clamp(min=pixels**-0.5)
 
 # %% ../nbs/03_tasks.ipynb #8139a91f
 @dataclass(frozen=True)
 class DataSet:
     "How the tasks of one data set are made."
+
     name: str
     title: str  # for headings
     architecture: str  # which of the paper's networks it is learned with
@@ -128,19 +148,58 @@ class DataSet:
 
 
 CIFAR_SPLIT, HOME_SPLIT = dict(train=17, valid=3), dict(train=0.6, valid=0.1, test=0.3)
-DATASETS = {d.name: d for d in (
-    DataSet("shapes", "Shapes (a stand-in drawn by the package)", "cifar100",
-            lambda data_dir: shapes(), shapes_groups, CIFAR_SPLIT, True, look=10, stand_in=True),
-    DataSet("shapes-home", "Shapes at home (a stand-in drawn by the package)", "officehome",
-            lambda data_dir: shapes_home(), shapes_home_groups, HOME_SPLIT, False, look=1, stand_in=True),
-    DataSet("cifar100", "CIFAR-100", "cifar100",
-            lambda data_dir: load_images("cifar100", data_dir), cifar100_groups, CIFAR_SPLIT, True, look=30),
-    DataSet("officehome", "Office-Home", "officehome",
-            lambda data_dir: load_images("officehome", data_dir), officehome_groups, HOME_SPLIT, False, look=2),
-)}
+DATASETS = {
+    d.name: d
+    for d in (
+        DataSet(
+            "shapes",
+            "Shapes (a stand-in drawn by the package)",
+            "cifar100",
+            lambda data_dir: shapes(),
+            shapes_groups,
+            CIFAR_SPLIT,
+            True,
+            look=10,
+            stand_in=True,
+        ),
+        DataSet(
+            "shapes-home",
+            "Shapes at home (a stand-in drawn by the package)",
+            "officehome",
+            lambda data_dir: shapes_home(),
+            shapes_home_groups,
+            HOME_SPLIT,
+            False,
+            look=1,
+            stand_in=True,
+        ),
+        DataSet(
+            "cifar100",
+            "CIFAR-100",
+            "cifar100",
+            lambda data_dir: load_images("cifar100", data_dir),
+            cifar100_groups,
+            CIFAR_SPLIT,
+            True,
+            look=30,
+        ),
+        DataSet(
+            "officehome",
+            "Office-Home",
+            "officehome",
+            lambda data_dir: load_images("officehome", data_dir),
+            officehome_groups,
+            HOME_SPLIT,
+            False,
+            look=2,
+        ),
+    )
+}
 
-# %% ../nbs/03_tasks.ipynb #b44cff62
-def make_task(dataset: DataSet, images: Images, name: str, classes: list[str], generator: torch.Generator) -> Task:
+# %% ../nbs/03_tasks.ipynb #f15e8e80
+def make_task(
+    dataset: DataSet, images: Images, name: str, classes: list[str], generator: torch.Generator
+) -> Task:
     "Draw one task's three sets, scale them, and give the classes labels in the order of `classes`."
     part = "train" if "test" not in dataset.split else name.rpartition(" ")[0]
     picked = {"train": [], "valid": [], "test": []}
@@ -172,7 +231,10 @@ def task_sequence(
     n_tasks = len(groups) if n_tasks is None else check_number("tasks", n_tasks, 1, len(groups))
     images = dataset.images(data_dir) if images is None else images
     order = torch.randperm(n_tasks, generator=stream(seed, "trial", trial, "order")).tolist()
-    return [make_task(dataset, images, *groups[i], stream(seed, "trial", trial, "split", groups[i][0])) for i in order]
+    return [
+        make_task(dataset, images, *groups[i], stream(seed, "trial", trial, "split", groups[i][0]))
+        for i in order
+    ]
 
 # %% ../nbs/03_tasks.ipynb #df167487
 def show_tasks(

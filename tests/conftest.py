@@ -1,4 +1,5 @@
 "What the tests share: where the reference data lie, and one thread for each process."
+
 from __future__ import annotations
 
 import os
@@ -19,7 +20,9 @@ SHARED = Path(os.environ.get("DFCNN_SHARED", ROOT.parent / "shared"))
 def shared() -> Path:
     "The folder with real images and the numbers of the authors' code; tests that need it skip where it is absent."
     if not (SHARED / "oracle").is_dir():
-        pytest.skip(f"no reference data in {SHARED}: set DFCNN_SHARED to the folder that holds oracle/ and data/")
+        pytest.skip(
+            f"no reference data in {SHARED}: set DFCNN_SHARED to the folder that holds oracle/ and data/"
+        )
     return SHARED
 
 
@@ -35,7 +38,11 @@ def cifar(tmp_path_factory):
     for part, n in (("train", 22), ("test", 100)):
         for c, name in enumerate(CIFAR100_CLASSES):
             for i in range(n):
-                picture(root / "cifar100" / part / name / f"{i:03}.png", (32, 32), (2 * c, 2 * i, 0 if part == "train" else 255))
+                picture(
+                    root / "cifar100" / part / name / f"{i:03}.png",
+                    (32, 32),
+                    (2 * c, 2 * i, 0 if part == "train" else 255),
+                )
     return root
 
 

@@ -1,4 +1,5 @@
 "What every listed method must keep, whatever it does inside: the contract of notebook 10, and Algorithm 1 around it."
+
 from __future__ import annotations
 
 import pytest
@@ -19,7 +20,9 @@ def small_tasks(n=3, images=20) -> list[Task]:
     "Tasks of few images, of the size of CIFAR-100."
     g = torch.Generator().manual_seed(0)
     split = lambda k: Split(torch.randn(k, 3, 32, 32, generator=g), torch.arange(k) % 10)
-    return [Task(f"small {t}", [str(i) for i in range(10)], split(images), split(10), split(30)) for t in range(n)]
+    return [
+        Task(f"small {t}", [str(i) for i in range(10)], split(images), split(10), split(30)) for t in range(n)
+    ]
 
 
 @pytest.fixture(params=list(METHODS))
@@ -28,7 +31,9 @@ def method(request):
 
 
 def learner(method, cbs=(), seed=0, **kw):
-    return lifelong_learner(build_network(method, "cifar100", seed=seed), small_tasks(), **{**HYPER, **kw}, cbs=list(cbs))
+    return lifelong_learner(
+        build_network(method, "cifar100", seed=seed), small_tasks(), **{**HYPER, **kw}, cbs=list(cbs)
+    )
 
 
 def test_only_what_a_task_may_change_changes(method):
@@ -75,7 +80,9 @@ def test_a_state_dict_restores_it(method):
 
 
 def test_initial_values_of_a_task_do_not_depend_on_the_others(method):
-    one, three = build_network(method, "cifar100", 5, n_tasks=1), build_network(method, "cifar100", 5, n_tasks=3)
+    one, three = build_network(method, "cifar100", 5, n_tasks=1), build_network(
+        method, "cifar100", 5, n_tasks=3
+    )
     values = dict(three.named_parameters())
     assert all(torch.equal(p, values[k]) for k, p in one.named_parameters())
     other = dict(build_network(method, "cifar100", 6, n_tasks=1).named_parameters())

@@ -1,4 +1,5 @@
 "Real images in every form that a user may have them, and every way in which they can be wrong."
+
 from __future__ import annotations
 
 import io
@@ -64,13 +65,20 @@ def test_a_damaged_cache_is_made_again(cifar, tmp_path):
     assert load_images("cifar100", cifar).fingerprint == before
 
 
-@pytest.mark.parametrize("spoil, message", [
-    (lambda f: shutil.rmtree(f / "test"), "too few images in test/apple (0 of at least 100)"),
-    (lambda f: shutil.rmtree(f / "train/worm"), "too few images in train/worm (0 of at least 20)"),
-    (lambda f: (f / "train/worm").rename(f / "train/wurm"), "folders that are no class of it: wurm"),
-    (lambda f: picture(f / "train/worm/000.png", (64, 64), (0, 0, 0)), "000.png' is 64x64, but 32x32 was expected"),
-    (lambda f: (f / "train/worm/000.png").write_bytes(b"GIF89a"), "000.png' cannot be read"),
-], ids=["no test part", "a class is missing", "another class", "another size", "no image"])
+@pytest.mark.parametrize(
+    "spoil, message",
+    [
+        (lambda f: shutil.rmtree(f / "test"), "too few images in test/apple (0 of at least 100)"),
+        (lambda f: shutil.rmtree(f / "train/worm"), "too few images in train/worm (0 of at least 20)"),
+        (lambda f: (f / "train/worm").rename(f / "train/wurm"), "folders that are no class of it: wurm"),
+        (
+            lambda f: picture(f / "train/worm/000.png", (64, 64), (0, 0, 0)),
+            "000.png' is 64x64, but 32x32 was expected",
+        ),
+        (lambda f: (f / "train/worm/000.png").write_bytes(b"GIF89a"), "000.png' cannot be read"),
+    ],
+    ids=["no test part", "a class is missing", "another class", "another size", "no image"],
+)
 def test_a_wrong_cifar_folder_is_named(cifar, tmp_path, spoil, message):
     shutil.copytree(cifar / "cifar100", tmp_path / "cifar100")
     spoil(tmp_path / "cifar100")
@@ -101,7 +109,11 @@ def test_home_tasks(home):
     tasks = task_sequence("officehome", data_dir=home)
     groups = dict(officehome_groups())
     for t in tasks:
-        assert t.classes == groups[t.name] and [len(s.y) for s in (t.train, t.valid, t.test)] == [13 * 6, 13, 13 * 3]
+        assert t.classes == groups[t.name] and [len(s.y) for s in (t.train, t.valid, t.test)] == [
+            13 * 6,
+            13,
+            13 * 3,
+        ]
         assert 0 <= t.train.x.min() and t.train.x.max() <= 1  # scaled, not normalized
         domain = (t.train.x[:, 1] * 255).mean().item()
         assert abs(domain - (0 if t.name.startswith("Product") else 100)) < 3
@@ -122,7 +134,12 @@ def test_home_parquet(tmp_path, with_names, as_struct):
         return {"bytes": out.getvalue(), "path": None} if as_struct else out.getvalue()
 
     names = sorted(OFFICEHOME_CLASSES)
-    rows = [dict(image=encoded(i), domain=d, label=i) for d in ("Art", "Product", "Real World") for i in range(65) for _ in range(4)]
+    rows = [
+        dict(image=encoded(i), domain=d, label=i)
+        for d in ("Art", "Product", "Real World")
+        for i in range(65)
+        for _ in range(4)
+    ]
     half = len(rows) // 2
     for k, part in enumerate((rows[:half], rows[half:])):
         table = pa.Table.from_pylist(part)
@@ -186,7 +203,9 @@ def test_no_network_names_the_other_ways(monkeypatch):
         raise OSError("Name or service not known")
 
     monkeypatch.setattr(urllib.request, "urlopen", no_network)
-    with pytest.raises(BadInput, match=r"could not be downloaded .* \(b\) a folder `cifar100` or an archive `cifar100.tgz`"):
+    with pytest.raises(
+        BadInput, match=r"could not be downloaded .* \(b\) a folder `cifar100` or an archive `cifar100.tgz`"
+    ):
         load_images("cifar100")
 
 
@@ -208,5 +227,7 @@ def test_real_cifar100_is_learned(shared):
     import dfcnn.dfcnn
 
     tasks = task_sequence("cifar100", data_dir=shared / "data", n_tasks=1)
-    learn = lifelong_learner(build_network("DF-CNN", "cifar100"), tasks, epochs=12, lr=1e-4, decay=2.5e-4, batch_size=10)
+    learn = lifelong_learner(
+        build_network("DF-CNN", "cifar100"), tasks, epochs=12, lr=1e-4, decay=2.5e-4, batch_size=10
+    )
     assert peak_accuracy(train(learn))[0] > 0.25

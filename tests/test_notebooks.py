@@ -1,4 +1,5 @@
 "Every notebook runs from top to bottom, and everything that is generated from a notebook is up to date with it."
+
 from __future__ import annotations
 
 import json
@@ -19,8 +20,13 @@ APPLICATIONS = [n for n in NOTEBOOKS if n.stem == "lifelong"]
 
 def call(*args, cwd=ROOT, ok=True, **env) -> subprocess.CompletedProcess:
     "Run a command of this environment; its output is shown when it fails."
-    done = subprocess.run([str(BIN / args[0]), *map(str, args[1:])], cwd=cwd, capture_output=True, text=True,
-                          env={**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}", **env})
+    done = subprocess.run(
+        [str(BIN / args[0]), *map(str, args[1:])],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}", **env},
+    )
     assert not ok or done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     return done
 
@@ -39,44 +45,85 @@ def test_lifelong_runs_through_papermill(tmp_path):
     out = tmp_path / "out.ipynb"
     papermill(out, "epochs", 1, "tasks", 2, "methods", "STL DF-CNN")
     folder = tmp_path / "reports/lifelong/shapes"  # beside the rendered notebook
-    assert {f.name for f in folder.iterdir() if f.is_file()} >= {"table.csv", "learning_curves.png", "forgetting.png"}
+    assert {f.name for f in folder.iterdir() if f.is_file()} >= {
+        "table.csv",
+        "learning_curves.png",
+        "forgetting.png",
+    }
     records = [d for d in folder.iterdir() if d.is_dir()]
     assert len(records) == 2 and all((r / "summary.json").exists() for r in records)
     cells = nbformat.read(out, 4).cells
     shown = "".join(json.dumps(c.get("outputs", [])) for c in cells)
     assert "This is a short run" in shown and "stand-in" in shown
-    assert sum("image/png" in json.dumps(c.get("outputs", [])) for c in cells) == 5  # tasks, curves, forgetting, matrix, convergence
+    assert (
+        sum("image/png" in json.dumps(c.get("outputs", [])) for c in cells) == 5
+    )  # tasks, curves, forgetting, matrix, convergence
     stamp = max(f.stat().st_mtime_ns for r in records for f in r.iterdir())
     papermill(out, "epochs", 1, "tasks", 2, "methods", "STL DF-CNN")
-    assert max(f.stat().st_mtime_ns for r in records for f in r.iterdir()) == stamp, "finished runs were run again"
+    assert (
+        max(f.stat().st_mtime_ns for r in records for f in r.iterdir()) == stamp
+    ), "finished runs were run again"
 
 
 def test_officehome_runs_where_its_folder_is(tmp_path, home):
-    papermill(tmp_path / "out.ipynb", "dataset", "officehome", "data_dir", home, "epochs", 1, "tasks", 1, "methods", "STL")
+    papermill(
+        tmp_path / "out.ipynb",
+        "dataset",
+        "officehome",
+        "data_dir",
+        home,
+        "epochs",
+        1,
+        "tasks",
+        1,
+        "methods",
+        "STL",
+    )
     (record,) = (tmp_path / "reports/lifelong/officehome").glob("*/summary.json")
     assert json.loads(record.read_text())["parameters"] == 2_679_437
     assert "paper: peak accuracy" in (tmp_path / "reports/lifelong/officehome/table.csv").read_text()
 
 
 def test_cifar100_shows_the_papers_numbers(tmp_path, shared):
-    papermill(tmp_path / "out.ipynb", "dataset", "cifar100", "data_dir", shared / "data", "epochs", 1, "tasks", 1, "methods", "STL")
+    papermill(
+        tmp_path / "out.ipynb",
+        "dataset",
+        "cifar100",
+        "data_dir",
+        shared / "data",
+        "epochs",
+        1,
+        "tasks",
+        1,
+        "methods",
+        "STL",
+    )
     assert "31.2 ± 2.2" in (tmp_path / "reports/lifelong/cifar100/table.csv").read_text()
 
 
-@pytest.mark.parametrize("parameters, message", [
-    (("dataset", "cifar1000"), "Unknown data set 'cifar1000'. Did you mean 'cifar100'?"),
-    (("methods", "STL XYZ"), "Unknown method 'XYZ'"),
-    (("epoch", "3"), "Unknown parameter 'epoch'. Did you mean 'epochs'?"),
-    (("epochs", "many"), "Parameter 'epochs' must be a whole number"),
-    (("device", "cuda:7"), "Device 'cuda:7' is not available"),
-    (("dataset", "cifar100", "data_dir", "nowhere"), "Data folder 'nowhere' does not exist"),
-    (("dataset", "officehome", "data_dir", "."), "There is no Office-Home in '.'. Office-Home can come from (a) the original archive"),
-], ids=lambda p: " ".join(p) if isinstance(p, tuple) else "")
+@pytest.mark.parametrize(
+    "parameters, message",
+    [
+        (("dataset", "cifar1000"), "Unknown data set 'cifar1000'. Did you mean 'cifar100'?"),
+        (("methods", "STL XYZ"), "Unknown method 'XYZ'"),
+        (("epoch", "3"), "Unknown parameter 'epoch'. Did you mean 'epochs'?"),
+        (("epochs", "many"), "Parameter 'epochs' must be a whole number"),
+        (("device", "cuda:7"), "Device 'cuda:7' is not available"),
+        (("dataset", "cifar100", "data_dir", "nowhere"), "Data folder 'nowhere' does not exist"),
+        (
+            ("dataset", "officehome", "data_dir", "."),
+            "There is no Office-Home in '.'. Office-Home can come from (a) the original archive",
+        ),
+    ],
+    ids=lambda p: " ".join(p) if isinstance(p, tuple) else "",
+)
 def test_bad_input_ends_before_training(tmp_path, parameters, message):
     done = papermill(tmp_path / "out.ipynb", *parameters, ok=False)
     assert done.returncode != 0
     said = done.stdout + done.stderr
-    assert message in said and "Traceback (most recent call last)" not in said.split("Exception encountered")[-1]
+    assert (
+        message in said and "Traceback (most recent call last)" not in said.split("Exception encountered")[-1]
+    )
     assert not list(tmp_path.rglob("history.csv"))
 
 
@@ -98,15 +145,24 @@ def test_parameters_are_tagged(notebook):
 def regenerated(tmp_path_factory):
     "A copy of the repository in which everything that is generated was generated anew."
     copy = tmp_path_factory.mktemp("copy") / "dfcnn"
-    shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", ".venv*", "lifelong", "__pycache__", "build", "*.egg-info"))
+    shutil.copytree(
+        ROOT,
+        copy,
+        ignore=shutil.ignore_patterns(".git", ".venv*", "lifelong", "__pycache__", "build", "*.egg-info"),
+    )
     shutil.rmtree(copy / "dfcnn")
     (copy / "dfcnn").mkdir()
     shutil.copy(ROOT / "dfcnn/targets.csv", copy / "dfcnn")
     (copy / "README.md").unlink()
     call("nbdev_clean", cwd=copy)
     call("nbdev_export", cwd=copy)
-    done = subprocess.run(["bash", ".ci/readme"], cwd=copy, capture_output=True, text=True,
-                          env={**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}"})
+    done = subprocess.run(
+        ["bash", ".ci/readme"],
+        cwd=copy,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}"},
+    )
     assert done.returncode == 0, done.stderr
     return copy
 

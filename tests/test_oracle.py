@@ -3,6 +3,7 @@
 The files hold TensorFlow's layouts. Images are NHWC; conv filters (h, w, cin, cout); deconvolution filters (h, w, out, in); fully
 connected weights (in, out), the first of them on features flattened in NHWC order.
 """
+
 from __future__ import annotations
 
 import re
@@ -69,7 +70,7 @@ def parameter(net, name: str) -> torch.nn.Parameter:
         return getattr(adapter, {"alpha": "alpha", "Wv": "V", "bv": "b", "Wu": "U"}[m[4]])
     owner, layer, kind = name.removeprefix("col").split(".", 2)
     kind, (layer, i) = kind.removeprefix("conv_"), (layer[:-1], int(layer[-1]))
-    owner = net if owner == "shared" else net.tasks[int(owner.lstrip('t'))]
+    owner = net if owner == "shared" else net.tasks[int(owner.lstrip("t"))]
     if layer == "fc":
         return getattr(owner.head, kind)[i]
     if isinstance(net, DFCNN):
@@ -93,7 +94,9 @@ def assert_close(ours, theirs, what, rtol=1e-4):
     "Largest difference at most `rtol` of the largest value."
     ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
     scale = max(np.abs(theirs).max(), 1e-12)
-    assert np.abs(ours - theirs).max() <= rtol * scale, f"{what}: off by {np.abs(ours - theirs).max() / scale:.1e}"
+    assert (
+        np.abs(ours - theirs).max() <= rtol * scale
+    ), f"{what}: off by {np.abs(ours - theirs).max() / scale:.1e}"
 
 
 def compare(z: Oracle, prefix: str, values: dict[str, np.ndarray], rtol=1e-4) -> int:
@@ -103,10 +106,16 @@ def compare(z: Oracle, prefix: str, values: dict[str, np.ndarray], rtol=1e-4) ->
         if f"{prefix}/{name}" in z:
             assert_close(ours, z[f"{prefix}/{name}"], f"{prefix}/{name}", rtol)
         elif f"{prefix}/{name}@idx4k" in z:
-            assert_close(ours.ravel()[z[f"idx4k/{name}"]], z[f"{prefix}/{name}@idx4k"], f"{prefix}/{name}", rtol)
+            assert_close(
+                ours.ravel()[z[f"idx4k/{name}"]], z[f"{prefix}/{name}@idx4k"], f"{prefix}/{name}", rtol
+            )
             total, norm = z[f"{prefix}/{name}@sum_l2"]
-            assert abs(np.linalg.norm(ours.astype(np.float64)) - norm) <= rtol * norm, f"{prefix}/{name}: norm"
-            assert abs(ours.sum(dtype=np.float64) - total) <= rtol * norm * ours.size ** 0.5, f"{prefix}/{name}: sum"
+            assert (
+                abs(np.linalg.norm(ours.astype(np.float64)) - norm) <= rtol * norm
+            ), f"{prefix}/{name}: norm"
+            assert (
+                abs(ours.sum(dtype=np.float64) - total) <= rtol * norm * ours.size**0.5
+            ), f"{prefix}/{name}: sum"
         else:
             continue
         seen += 1
@@ -115,14 +124,21 @@ def compare(z: Oracle, prefix: str, values: dict[str, np.ndarray], rtol=1e-4) ->
 
 @pytest.fixture(params=METHODS)
 def setup(request, shared):
-    files = ["dfcnn_cifar100_10_init", "dfcnn_cifar100_10_steps"] if request.param == "dfcnn" else [f"{request.param}_cifar100_10"]
+    files = (
+        ["dfcnn_cifar100_10_init", "dfcnn_cifar100_10_steps"]
+        if request.param == "dfcnn"
+        else [f"{request.param}_cifar100_10"]
+    )
     z = Oracle(shared / "oracle", *files)
     net = METHODS[request.param](ARCH, seed=0)
     net.add_task()
     net.add_task()
     shapes = load(net, z)
     assert len(shapes) == len(list(net.parameters())), "a parameter of ours has no counterpart"
-    batch = {t: (torch.from_numpy(z[f"x/t{t}"]).permute(0, 3, 1, 2), torch.from_numpy(z[f"y/t{t}"]).long()) for t in (0, 1)}
+    batch = {
+        t: (torch.from_numpy(z[f"x/t{t}"]).permute(0, 3, 1, 2), torch.from_numpy(z[f"y/t{t}"]).long())
+        for t in (0, 1)
+    }
     return net.eval(), z, shapes, batch
 
 
@@ -139,16 +155,25 @@ def test_forward(setup):
         assert_close(net(x, t).detach(), z[f"logits/t{t}"], f"logits of task {t}")
         for layer, ((W, b), pool) in enumerate(zip(net.filters(t), ARCH.pools)):
             if f"filter/t{t}.conv{layer}.W" in z:
-                assert_close(W.detach().permute(2, 3, 1, 0), z[f"filter/t{t}.conv{layer}.W"], f"filter {layer} of task {t}", 1e-6)
+                assert_close(
+                    W.detach().permute(2, 3, 1, 0),
+                    z[f"filter/t{t}.conv{layer}.W"],
+                    f"filter {layer} of task {t}",
+                    1e-6,
+                )
             x = conv_block(x, W, b, pool)
             if f"convout/t{t}.conv{layer}" in z:
-                assert_close(x[:2].detach().permute(0, 2, 3, 1), z[f"convout/t{t}.conv{layer}"], f"conv block {layer}")
+                assert_close(
+                    x[:2].detach().permute(0, 2, 3, 1), z[f"convout/t{t}.conv{layer}"], f"conv block {layer}"
+                )
 
 
 def test_loss_and_gradients(setup):
     net, z, shapes, batch = setup
     x, y = batch[0]
-    assert_close(F.cross_entropy(net(x, 0), y, reduction="none").detach(), z["loss/t0_vector"], "loss of each image")
+    assert_close(
+        F.cross_entropy(net(x, 0), y, reduction="none").detach(), z["loss/t0_vector"], "loss of each image"
+    )
     loss = sum_cross_entropy(net(x, 0), y)
     assert_close(loss.detach(), z["loss/t0_sum"], "summed loss")
     loss.backward()
@@ -175,11 +200,21 @@ def test_updates(setup):
             theirs = {k: z[f"step{step}/{k}"] - z[f"init/{k}"] for k in values if f"step{step}/{k}" in z}
             for k, way in theirs.items():
                 assert_close(moved[k], way, f"way of {k} in {step} steps", 5e-3)
-    assert_close(F.cross_entropy(net(batch[0][0], 0), batch[0][1], reduction="none").detach(), z["loss/t0_vector_after_step3"], "loss")
+    assert_close(
+        F.cross_entropy(net(batch[0][0], 0), batch[0][1], reduction="none").detach(),
+        z["loss/t0_vector_after_step3"],
+        "loss",
+    )
 
-    if any(k.startswith("t1grad/") for k in z):  # the second task: its own optimizer state, for the shared tensors too
+    if any(
+        k.startswith("t1grad/") for k in z
+    ):  # the second task: its own optimizer state, for the shared tensors too
         update(1, RMSProp(net.trains(1), lr=inverse_time_decay(LR, DECAY, 5.0)))
-        shared = {k: v for k, v in in_tf(net, shapes, lambda p: p.grad).items() if f"t1grad/{k}" in z or f"t1grad/{k}@idx4k" in z}
+        shared = {
+            k: v
+            for k, v in in_tf(net, shapes, lambda p: p.grad).items()
+            if f"t1grad/{k}" in z or f"t1grad/{k}@idx4k" in z
+        }
         assert compare(z, "t1grad", shared) == len(shared) > 0
         assert compare(z, "t1step", in_tf(net, shapes)) == len(list(net.trains(1)))
 
@@ -196,7 +231,7 @@ def test_initial_values_are_drawn_as_theirs(setup):
         # at the end of a uniform or cut-off normal range the largest of n values misses the bound by about 1/n of the range
         assert abs(a.abs().max() - b.abs().max()) <= (0.02 + 8 / n) * a.abs().max(), name
         if a.std() > 1e-6:
-            assert abs(a.std() / b.std() - 1) < 0.02 + 4 / n ** 0.5, name
+            assert abs(a.std() / b.std() - 1) < 0.02 + 4 / n**0.5, name
         else:
             assert torch.equal(a, b), name
 
@@ -217,8 +252,15 @@ def test_progressive_columns(shared):
             assert_close(net(x, t).detach(), z[f"logits/col{t}"], f"logits of column {t}")
             h = [x] * (t + 1)
             for layer, pool in enumerate(ARCH.pools):
-                h = [conv_block(h[s], *net.filters(s)[layer], pool, net.lateral(h[:s], s, layer)) for s in range(t + 1)]
-                assert_close(h[t][:2].detach().permute(0, 2, 3, 1), z[f"convout/col{t}.conv{layer}"], f"conv block {layer} of column {t}")
+                h = [
+                    conv_block(h[s], *net.filters(s)[layer], pool, net.lateral(h[:s], s, layer))
+                    for s in range(t + 1)
+                ]
+                assert_close(
+                    h[t][:2].detach().permute(0, 2, 3, 1),
+                    z[f"convout/col{t}.conv{layer}"],
+                    f"conv block {layer} of column {t}",
+                )
         optimizer = RMSProp(net.trains(c), lr=LR)
         for step in (1, 2, 3):
             net.zero_grad()

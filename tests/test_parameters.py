@@ -1,4 +1,5 @@
 "The totals of trainable parameters, against the authors' own count and the paper's tables."
+
 from __future__ import annotations
 
 import csv
@@ -10,12 +11,44 @@ import dfcnn.runs  # lists all methods
 from dfcnn.networks import METHODS, build_network, count_parameters
 
 KNOWN = {  # (architecture, tasks) -> totals by the sizes of the authors' code
-    ("cifar100", 10): {"SNN": 328_426, "STL": 3_284_260, "STL-large": 9_345_860, "HPS": 2_694_148, "ProgNN": 3_508_637, "DF-CNN": 7_963_252, "DF-CNN.tc2": 2_995_168},
-    ("officehome", 10): {"STL": 26_794_370, "STL-large": 129_285_250, "HPS": 12_274_562, "ProgNN": 32_718_543, "DF-CNN": 201_827_202},
-    ("mnist-10", 10): {"STL": 1_525_460, "HPS": 1_056_596, "DF-CNN": 2_581_528, "DF-CNN.direct": 12_892_652, "DF-CNN.tc2": 1_182_874},
-    ("mnist-5", 5): {"STL": 762_730, "HPS": 554_346, "DF-CNN": 1_063_574, "DF-CNN.direct": 4_972_018, "DF-CNN.tc2": 593_219},
+    ("cifar100", 10): {
+        "SNN": 328_426,
+        "STL": 3_284_260,
+        "STL-large": 9_345_860,
+        "HPS": 2_694_148,
+        "ProgNN": 3_508_637,
+        "DF-CNN": 7_963_252,
+        "DF-CNN.tc2": 2_995_168,
+    },
+    ("officehome", 10): {
+        "STL": 26_794_370,
+        "STL-large": 129_285_250,
+        "HPS": 12_274_562,
+        "ProgNN": 32_718_543,
+        "DF-CNN": 201_827_202,
+    },
+    ("mnist-10", 10): {
+        "STL": 1_525_460,
+        "HPS": 1_056_596,
+        "DF-CNN": 2_581_528,
+        "DF-CNN.direct": 12_892_652,
+        "DF-CNN.tc2": 1_182_874,
+    },
+    ("mnist-5", 5): {
+        "STL": 762_730,
+        "HPS": 554_346,
+        "DF-CNN": 1_063_574,
+        "DF-CNN.direct": 4_972_018,
+        "DF-CNN.tc2": 593_219,
+    },
     ("cifar10", 10): {"STL": 3_279_060, "HPS": 2_688_948, "DF-CNN": 7_958_052, "DF-CNN.tc2": 2_989_968},
-    ("cifar10", 5): {"STL": 1_639_530, "HPS": 1_377_258, "DF-CNN": 3_979_242, "DF-CNN.direct": 22_834_602, "DF-CNN.tc2": 1_497_048},
+    ("cifar10", 5): {
+        "STL": 1_639_530,
+        "HPS": 1_377_258,
+        "DF-CNN": 3_979_242,
+        "DF-CNN.direct": 22_834_602,
+        "DF-CNN.tc2": 1_497_048,
+    },
 }
 
 
@@ -30,9 +63,23 @@ def test_totals(architecture, tasks, method):
 
 
 def test_totals_against_the_authors_count(shared):
-    names = {"STL": "STL", "SNN": "SNN", "HPS": "HPS", "PROG": "ProgNN", "DFCNN": "DF-CNN", "DFCNN_direct": "DF-CNN.direct", "DFCNN_tc2": "DF-CNN.tc2"}
-    data = {"mnist5": "mnist-5", "mnist10": "mnist-10", "cifar10_5": "cifar10", "cifar10_10": "cifar10", "cifar100_10": "cifar100",
-            "officehome": "officehome"}
+    names = {
+        "STL": "STL",
+        "SNN": "SNN",
+        "HPS": "HPS",
+        "PROG": "ProgNN",
+        "DFCNN": "DF-CNN",
+        "DFCNN_direct": "DF-CNN.direct",
+        "DFCNN_tc2": "DF-CNN.tc2",
+    }
+    data = {
+        "mnist5": "mnist-5",
+        "mnist10": "mnist-10",
+        "cifar10_5": "cifar10",
+        "cifar10_10": "cifar10",
+        "cifar100_10": "cifar100",
+        "officehome": "officehome",
+    }
     checked = 0
     with (shared / "oracle/param_counts.csv").open() as f:
         for row in csv.DictReader(f):
