@@ -10,6 +10,7 @@ import io
 import json
 import socket
 import tarfile
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -173,7 +174,7 @@ def members(
                 if m.isfile() and path.suffix.lower() in IMAGE_SUFFIXES:
                     data = tar.extractfile(m).read()
                     yield path, lambda data=data: data
-    except (tarfile.TarError, EOFError, OSError) as e:
+    except (tarfile.TarError, zlib.error, EOFError, OSError) as e:
         raise BadInput(f"Archive '{source}' cannot be read ({e}). Is it complete?") from e
 
 # %% ../nbs/01_images.ipynb #7d91c34c
@@ -198,9 +199,7 @@ def decode(path: PurePosixPath, data: bytes, size: int, resize: bool) -> np.ndar
 # %% ../nbs/01_images.ipynb #317ef7a7
 def build(
     layout: Layout,  # what is expected
-    items: Iterable[
-        tuple[PurePosixPath, str, str, Callable[[], bytes]]
-    ],  # (path, part, class, reader) of each image
+    items: Iterable[tuple],  # (path, part, class, function that reads the bytes) of each image
     source: str,  # named in errors
 ) -> Images:
     "Decode `items`, keep those of the layout's parts, and check that every class is there in every part."
@@ -279,9 +278,15 @@ def read_parquet(layout: Layout, files: list[Path]) -> Images:
                 for batch in table.iter_batches(64, columns=["image", "domain", "label"]):
                     for i, row in enumerate(batch.to_pylist()):
                         data = row["image"]["bytes"] if isinstance(row["image"], dict) else row["image"]
-                        label = row["label"] if isinstance(row["label"], str) else names[row["label"]]
+                        label = row["label"]
+                        if not isinstance(label, str):
+                            if label not in range(len(names)):
+                                raise BadInput(
+                                    f"'{f}' has the label {label!r}, which is none of {len(names)} classes."
+                                )
+                            label = names[label]
                         yield PurePosixPath(f.name) / str(i), row["domain"], label, lambda data=data: data
-            except (pa.ArrowException, OSError, IndexError) as e:
+            except (pa.ArrowException, OSError) as e:
                 raise BadInput(f"Parquet file '{f}' cannot be read ({e}). Is it complete?") from e
 
     return build(layout, items(), ", ".join(map(str, files)))

@@ -90,10 +90,8 @@ def shapes_groups() -> list[tuple[str, list[str]]]:  # (task name, its ten class
     ]
 
 
-def shapes_home_groups() -> (
-    list[tuple[str, list[str]]]
-):  # (task name, its thirteen class names) for ten tasks
-    "The class groups of the stand-in for Office-Home."
+def shapes_home_groups() -> list[tuple[str, list[str]]]:
+    "The class groups of the stand-in for Office-Home: (task name, its thirteen class names)."
     textures = list(TEXTURES)[:5]
     return [
         (f"{domain} {i + 1}", [f"{o} {textures[(k + i) % 5]}" for k, o in enumerate(OUTLINES)])

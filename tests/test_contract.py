@@ -8,7 +8,7 @@ import torch
 import dfcnn.runs  # lists all methods
 from dfcnn.core import BadInput
 from dfcnn.images import Images
-from dfcnn.learner import Audit, Callback, lifelong_learner, train
+from dfcnn.learner import Audit, Callback, lifelong_learner, score, train
 from dfcnn.metrics import forgetting_ratio
 from dfcnn.networks import METHODS, build_network, count_parameters
 from dfcnn.tasks import Split, Task
@@ -101,6 +101,16 @@ def test_uses_is_what_predictions_depend_on(method):
 def test_same_seed_same_numbers(method):
     runs = [train(learner(method, seed=s)).drop(columns="seconds") for s in (1, 1, 2)]
     assert runs[0].equals(runs[1]) and not runs[0].equals(runs[2])
+
+
+def test_recorded_scores_are_those_of_the_trained_network(method):
+    "Scores that are repeated instead of computed again included."
+    learn = learner(method, epochs=3, eval_every=2)
+    history = train(learn)
+    last = history.query("split == 'test' and epoch == 9").set_index("evaluated")
+    learn.model.eval()
+    for t, task in enumerate(small_tasks()):
+        assert score(learn.model, task.test, t) == tuple(last.loc[t, ["accuracy", "loss"]])
 
 
 def test_isolated_tasks_keep_their_score_exactly():

@@ -167,6 +167,33 @@ def test_a_parquet_file_of_something_else_is_refused(tmp_path):
         load_images("officehome", tmp_path)
 
 
+@pytest.mark.parametrize("label", [-1, 65])
+def test_a_parquet_label_that_is_no_class_is_refused(tmp_path, label):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(
+        pa.table({"image": [b""], "domain": ["Product"], "label": [label]}), tmp_path / "x.parquet"
+    )
+    with pytest.raises(BadInput, match=f"has the label {label}, which is none of 65 classes"):
+        load_images("officehome", tmp_path)
+
+
+@pytest.mark.parametrize("where", [0.1, 0.5, 0.9])
+def test_a_damaged_archive_is_refused(cifar, tmp_path, where):
+    "Bits flipped in the middle of a compressed archive, and an archive cut short."
+    archive = tmp_path / "cifar100.tgz"
+    with tarfile.open(archive, "w:gz", compresslevel=1) as tar:
+        tar.add(cifar / "cifar100", "cifar100")
+    assert len(load_images("cifar100", tmp_path)) == 12200
+    raw = archive.read_bytes()
+    at = int(len(raw) * where)
+    for damaged in (raw[:at] + bytes(255 - b for b in raw[at : at + 64]) + raw[at + 64 :], raw[:at]):
+        archive.write_bytes(damaged)
+        with pytest.raises(BadInput, match="cannot be read|too few images"):
+            load_images("cifar100", tmp_path)
+
+
 def test_torchvision_folder(tmp_path, monkeypatch):
     "What torchvision downloaded before is read in place. (Its checksums are those of the real files, so they are set aside here.)"
     import pickle
