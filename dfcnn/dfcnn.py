@@ -15,7 +15,7 @@ from .factorization import Direct, TwoContractions, TwoStage, new_knowledge_base
 from .networks import Architecture, Head, LifelongNetwork, Parts, register
 
 # %% auto #0
-__all__ = ['SIZES', 'Sizes', 'DFCNN', 'DFCNNDirect', 'DFCNNtc2']
+__all__ = ['SIZES', 'Sizes', 'scaled', 'DFCNN', 'DFCNNDirect', 'DFCNNtc2']
 
 # %% ../nbs/11_dfcnn.ipynb #77adac86
 @dataclass(frozen=True)
@@ -26,33 +26,46 @@ class Sizes:
     c: tuple[int | None, ...]  # channels between deconvolution and contraction; None for direct
 
 
+def scaled(sizes: Sizes, factor: float) -> Sizes:
+    "The same knowledge bases and transforms with fewer channels: `factor` times each, rounded."
+    kb = tuple((h, round(factor * c)) for h, c in sizes.kb)
+    return Sizes(kb, tuple(round(factor * c) for c in sizes.c))
+
+
 _cifar = Sizes(((2, 16), (2, 24), (2, 32), (2, 36)), (24, 48, 64, 72))
 _cifar_direct = Sizes(((2, 24), (2, 48), (2, 64), (2, 72)), (None,) * 4)
 _cifar_tc2 = Sizes(((2, 2, 12), (2, 12, 12), (2, 12, 24), (2, 24, 24)), (24, 24, 48, 48))
 _mnist_tc2 = Sizes(((3, 1, 12), (3, 16, 24)), (24, 48))
-SIZES = {  # authors' code
+SIZES = {  # authors' code, apart from the reduced ones
     TwoStage: {
         "mnist-5": Sizes(((3, 12), (3, 24)), (24, 48)),
         "mnist-10": Sizes(((3, 12), (3, 40)), (24, 64)),
-        "cifar10": _cifar,
+        "cifar10-5": _cifar,
+        "cifar10-10": _cifar,
         "cifar100": _cifar,
         "officehome": Sizes(((6, 24), (3, 64), (2, 64), (2, 64)), (48, 128, 128, 128)),
+        "cifar100-reduced": scaled(_cifar, 0.60),  # the paper's 2.80M parameters with ten tasks
+        "cifar10-10-reduced": scaled(_cifar, 0.45),  # 2.3M
+        "cifar10-5-reduced": scaled(_cifar, 0.48),  # 1.2M with five tasks
     },
     Direct: {
         "mnist-5": Sizes(((3, 24), (3, 48)), (None,) * 2),
         "mnist-10": Sizes(((3, 24), (3, 64)), (None,) * 2),
-        "cifar10": _cifar_direct,
+        "cifar10-5": _cifar_direct,
+        "cifar10-10": _cifar_direct,
         "cifar100": _cifar_direct,
     },
     TwoContractions: {
         "mnist-5": _mnist_tc2,
         "mnist-10": _mnist_tc2,
-        "cifar10": _cifar_tc2,
+        "cifar10-5": _cifar_tc2,
+        "cifar10-10": _cifar_tc2,
         "cifar100": _cifar_tc2,
     },
 }
 
-# %% ../nbs/11_dfcnn.ipynb #eef2d282
+# %% ../nbs/11_dfcnn.ipynb #cdd5748a
+@register("DF-CNN-reduced", "DF-CNN (reduced)", size="reduced")
 @register("DF-CNN")
 class DFCNN(LifelongNetwork):
     "The deconvolutional factorized CNN (Sec. 2)."
@@ -63,13 +76,14 @@ class DFCNN(LifelongNetwork):
         self,
         arch: Architecture,
         seed: int = 0,
-        sizes: Sizes | None = None,  # None: the authors', by the architecture's name
+        length: int = 10,
+        sizes: Sizes | None = None,  # None: those of `SIZES`, by the architecture's name
     ):
-        super().__init__(arch, seed)
+        super().__init__(arch, seed, length)
         known = SIZES[self.generator]
         if sizes is None and arch.name not in known:
             raise BadInput(
-                f"No sizes of {type(self).__name__} were published for the architecture '{arch.name}', only"
+                f"There are no sizes of {type(self).__name__} for the architecture '{arch.name}', only"
                 f" for {', '.join(known)}. Pass `sizes`."
             )
         self.sizes = sizes or known[arch.name]

@@ -12,16 +12,17 @@ from typing import Callable, Sequence
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+import torch
 
 from .core import BadInput, writing
 from .metrics import accuracy_matrix, convergence_epochs, forgetting_curve, mean_ci, peak_accuracy
-from .networks import METHODS
-from .runs import TRAINING, Record
+from .networks import METHODS, build_network, count_parameters
+from .runs import TRAINING, Record, can_build
 from .tasks import DATASETS
 
 # %% auto #0
-__all__ = ['GREYS', 'LIFELONG_REPORT', 'targets', 'target', 'by_method', 'caption', 'peak_table', 'learning_curves',
-           'forgetting_figure', 'convergence_figure', 'matrix_figure', 'write_report']
+__all__ = ['SETTINGS', 'GREYS', 'LIFELONG_REPORT', 'targets', 'target', 'parameter_table', 'size_table', 'by_method', 'caption',
+           'peak_table', 'learning_curves', 'forgetting_figure', 'convergence_figure', 'matrix_figure', 'write_report']
 
 # %% ../nbs/32_figures.ipynb #304e116b
 def targets() -> pd.DataFrame:
@@ -33,8 +34,51 @@ def targets() -> pd.DataFrame:
 def target(dataset: str, model: str, metric: str, setting: str = "lifelong") -> tuple[float, float]:
     "(value, half-width) that the paper states, or NaNs where it states none."
     t = targets()
-    t = t[(t.dataset == dataset) & (t.setting == setting) & (t.model == model) & (t.metric == metric)]
+    models = t.model.str.replace(r"\(\d.*M\)", "(reduced)", regex=True)  # the paper names them by their size
+    t = t[(t.dataset == dataset) & (t.setting == setting) & (models == model) & (t.metric == metric)]
     return (float(t.value.iloc[0]), float(t.ci95.iloc[0])) if len(t) else (np.nan, np.nan)
+
+# %% ../nbs/32_figures.ipynb #82659801
+SETTINGS = {  # as the paper's tables name them -> (data set, setting, architecture, tasks)
+    "CIFAR-100": ("cifar100", "lifelong", "cifar100", 10),
+    "Office-Home": ("officehome", "lifelong", "officehome", 10),
+    "MNIST, 10 tasks": ("mnist", "mtl_homogeneous", "mnist-10", 10),
+    "MNIST, 5 tasks": ("mnist", "mtl_heterogeneous", "mnist-5", 5),
+    "CIFAR-10, 10 tasks": ("cifar10", "mtl_homogeneous", "cifar10-10", 10),
+    "CIFAR-10, 5 tasks": ("cifar10", "mtl_heterogeneous", "cifar10-5", 5),
+}
+
+
+def parameter_table() -> pd.DataFrame:  # a row for each method and setting
+    "Trainable parameters of every method, the paper's total in millions, and whether the one rounds to the other."
+    rows = []
+    for setting, (dataset, kind, arch, n) in SETTINGS.items():
+        for method in METHODS.values():
+            if not can_build(method.name, arch):
+                continue
+            with torch.device("meta"):  # shapes without values: Office-Home's DF-CNN has 202 million
+                ours = count_parameters(build_network(method.name, arch, n_tasks=n))
+            paper, _ = target(dataset, method.title, "parameters_total_M", kind)
+            digits = 2 if kind == "lifelong" and dataset == "cifar100" else 1  # that the paper prints
+            agrees = "" if np.isnan(paper) else "yes" if round(ours / 1e6, digits) == paper else "no"
+            rows.append((setting, method.title, ours, paper, agrees, 100 * (ours / 1e6 / paper - 1)))
+    columns = ["setting", "model", "parameters", "paper (M)", "agrees", "difference (%)"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def size_table() -> pd.DataFrame:  # models x settings, values as text
+    "`parameter_table` as one glance: our total, the paper's in brackets, and by how much they differ where they do."
+
+    def cell(row: pd.Series) -> str:
+        paper = "" if np.isnan(row["paper (M)"]) else f" ({row['paper (M)']}M)"
+        return f"{row.parameters:,}{paper}" + (
+            f" {row['difference (%)']:+.1f}%" if row.agrees == "no" else ""
+        )
+
+    sizes = parameter_table()
+    sizes["text"] = sizes.apply(cell, axis=1)
+    wide = sizes.pivot(index="model", columns="setting", values="text").fillna("")
+    return wide.loc[list(dict.fromkeys(sizes.model)), list(SETTINGS)]
 
 # %% ../nbs/32_figures.ipynb #84fe267c
 def by_method(records: Sequence[Record]) -> dict[str, list[Record]]:  # method -> the records of its trials
@@ -79,11 +123,12 @@ def peak_table(records: Sequence[Record]) -> pd.DataFrame:  # a row for each met
     for method, rs in by_method(records).items():
         title = METHODS[method].title
         row = {
-            "parameters": f"{rs[0].summary['parameters']:,}",
+            "parameters": f"{np.mean([r.summary['parameters'] for r in rs]):,.0f}",
             "peak accuracy (%)": cell(rs, "peak_accuracy", scale=100),
             "at best validation (%)": cell(rs, "accuracy_at_best_valid", scale=100),
             "end of its task (%)": cell(rs, "end_of_task_accuracy", scale=100),
             "forgetting ratio": cell(rs, "forgetting_ratio", "{:.3f}"),
+            "of the end": cell(rs, "forgetting_ratio_of_end", "{:.3f}"),
             "backward transfer (points)": cell(rs, "backward_transfer", "{:+.1f}", 100),
             "epochs to 98% of peak": cell(rs, "convergence_epochs"),
             "training (s)": cell(rs, "training_seconds", "{:.0f}"),
@@ -151,7 +196,9 @@ def learning_curves(records: Sequence[Record]) -> plt.Figure:
                         [task * c.epochs, (task + 1) * c.epochs], [peak * 100] * 2, ":", color=grey, lw=1.5
                     )
         ax.set_title(
-            f"{METHODS[method].title} ({rs[0].summary['parameters'] / 1e6:.2f}M parameters)", fontsize=9
+            f"{METHODS[method].title} ({np.mean([r.summary['parameters'] for r in rs]) / 1e6:.2f}M"
+            " parameters)",
+            fontsize=9,
         )
         ax.grid(alpha=0.3)
     fig.supxlabel("epochs of the run", fontsize=9)
@@ -163,14 +210,15 @@ def _by_method_plot(
     records: Sequence[Record], metric: Callable, title: str, x: str, y: str, shift: int = 0
 ) -> plt.Figure:
     "One line for each method: a metric against the index of its series, with the interval over trials."
-    fig, ax = plt.subplots(figsize=(6, 3.2), layout="constrained")
-    for method, rs in by_method(records).items():
+    fig, ax = plt.subplots(figsize=(7, 3.2), layout="constrained")
+    for i, (method, rs) in enumerate(by_method(records).items()):
         m = _mean_over_trials(rs, metric)
         ax.errorbar(
             m.index + shift,
             m["mean"],
             None if m.half.isna().all() else m.half,
-            marker="o",
+            color=f"C{i % 10}",
+            marker="os^D"[i // 10 % 4],
             ms=3,
             lw=1.2,
             capsize=2,
@@ -179,7 +227,7 @@ def _by_method_plot(
     ax.set(xlabel=x, ylabel=y)
     ax.xaxis.get_major_locator().set_params(integer=True)
     ax.grid(alpha=0.3)
-    ax.legend(fontsize=8)
+    fig.legend(fontsize=8, loc="outside right upper")
     return _finish(fig, records, title)
 
 

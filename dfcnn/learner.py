@@ -96,7 +96,8 @@ class TaskSwitch(Callback):
     """Turn to the task that the schedule names for each epoch (Algorithm 1).
 
     Other callbacks read from the Learner: the `task` in hand, `task_epoch` (epochs that it has had before
-    this one), and `task_ends` (whether the next epoch is another task's).
+    this one), and `task_ends` (whether the next epoch is another task's). They are told when a *phase*, in which
+    the same parameters are trained, begins and ends: `before_phase`, `after_phase`.
     """
 
     order = -15  # before anything else looks at the task in hand
@@ -115,12 +116,17 @@ class TaskSwitch(Callback):
         self.learn.optimizers, self.learn.task = {}, None
         self.turn_to(self.schedule[0])
 
+    def before_fit(self):
+        self.learn("before_phase")
+
     def before_epoch(self):
         task = self.schedule[self.epoch]
         if task != self.learn.task:
+            self.learn("after_phase")
             self.turn_to(task)
             later = set(self.schedule[self.epoch :])
             self.learn.optimizers = {t: opt for t, opt in self.learn.optimizers.items() if t in later}
+            self.learn("before_phase")
         self.learn.task_epoch = self.task_epochs[self.epoch]
         self.learn.task_ends = self.schedule[self.epoch + 1 : self.epoch + 2] != [task]
 
@@ -134,9 +140,21 @@ class TaskSwitch(Callback):
         for p in trained:
             p.requires_grad_(True)
         if task not in self.learn.optimizers:
-            self.learn.optimizers[task] = self.learn.opt_func(trained, lr=self.learn.lr)
+            lr = self.learn.opt.hypers[0]["lr"] if self.learn.opt else self.learn.lr
+            self.learn.optimizers[task] = self.learn.opt_func(trained, lr=lr)
         self.learn.opt, self.learn.task = self.learn.optimizers[task], task
         self.dls.train.task = self.dls.valid.task = task
+
+    def new_phase(self, change: Callable[[], None]):
+        "Let `change` alter the network within a task; a new optimizer holds what the task may change from here."
+        self.learn("after_phase")
+        change()
+        del self.learn.optimizers[self.learn.task]
+        self.turn_to(self.learn.task)
+        self.learn("before_phase")
+
+    def after_fit(self):
+        self.learn("after_phase")
 
 
 class InverseTimeDecay(Callback):
@@ -193,7 +211,7 @@ class Evaluate(Callback):
     def __init__(
         self,
         tasks: Sequence[Task],  # on the device
-        eval_every: int = 1,  # epochs between two scores of earlier tasks
+        eval_every: int | None = 1,  # epochs between two scores of earlier tasks; None: nothing is scored
     ):
         self.eval_tasks, self.eval_every = tasks, eval_every
         self.rows: list[tuple] = []
@@ -212,15 +230,25 @@ class Evaluate(Callback):
     def evaluate(self, epoch: int, task_epoch: int, evaluated: Sequence[int]):
         "Score `evaluated` tasks on their validation and test sets."
         self.model.eval()
-        moving = set(self.model.trains(self.learn.task))
-        for task in evaluated:
-            still = moving.isdisjoint(self.model.uses(task))
+        for task in evaluated if self.eval_every else ():
             for split in ("valid", "test"):
                 start = time.perf_counter()
-                if not (still and (task, split) in self.latest):
+                if (task, split) not in self.latest:
                     self.latest[task, split] = score(self.model, getattr(self.eval_tasks[task], split), task)
                 took = time.perf_counter() - start
                 self.add(epoch, task_epoch, task, split, *self.latest[task, split], took)
+
+    def before_phase(self):
+        self.moving = set(self.model.trains(self.learn.task))
+
+    def after_phase(self):
+        self.outdate()
+
+    def outdate(self):
+        "Forget the scores of the tasks that have changed since."
+        for task in {task for task, _ in self.latest}:
+            if not self.moving.isdisjoint(self.model.uses(task)):
+                del self.latest[task, "valid"], self.latest[task, "test"]
 
     def before_epoch(self):
         if self.task_epoch == 0:
@@ -249,7 +277,8 @@ class Evaluate(Callback):
     def before_validate(self):
         done, now = self.task_epoch + 1, self.epoch + 1
         self.learned.add(self.learn.task)
-        due = self.task_ends or done % self.eval_every == 0
+        self.outdate()
+        due = self.eval_every and (self.task_ends or done % self.eval_every == 0)
         earlier = sorted(self.learned - {self.learn.task}) if due else []
         self.evaluate(now, done, [*earlier, self.learn.task])
         raise CancelValidException()
@@ -271,12 +300,17 @@ def lifelong_learner(
     lr: float,  # of the first epoch
     decay: float,  # of the learning rate, per epoch
     batch_size: int,
-    eval_every: int = 1,  # epochs between two scores of earlier tasks
+    eval_every: int | None = 1,  # epochs between two scores of earlier tasks; None: nothing is scored
     seed: int = 0,  # of batches and dropout
     device: torch.device | str = "cpu",
     cbs: Sequence[Callback] = (),  # more callbacks
 ) -> TaskLearner:  # `learn.evaluate.history` is the table of scores after `train(learn)`
     "A fastai Learner that learns `tasks` one after the other."
+    if len(tasks) > network.max_tasks:
+        raise BadInput(
+            f"The network was built for {network.max_tasks} tasks, but {len(tasks)} are to be learned. Pass"
+            " `length`."
+        )
     for t in tasks:
         if len(t.train.y) < batch_size:
             raise BadInput(
@@ -306,6 +340,7 @@ def lifelong_learner(
             TaskSwitch(schedule),
             InverseTimeDecay(lr, decay),
             Evaluate(tasks, eval_every),
+            *network.callbacks(),
             *cbs,
         ],
     )
@@ -319,26 +354,31 @@ def train(learn: TaskLearner) -> pd.DataFrame:  # the history
 
 # %% ../nbs/21_learner.ipynb #2d5aeb4b
 class Audit(Callback):
-    "Check at the end of each task that exactly what it may change has changed."
+    "Check at the end of each phase that exactly what it may change has changed."
 
     order = 50
 
     def __init__(self):
         self.changed: list[set[str]] = []  # names of the tensors that each phase changed
 
-    def before_epoch(self):
-        if self.task_epoch == 0:
-            self.before = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
-            trains = {id(p) for p in self.model.trains(self.learn.task)}
-            self.allowed = {k for k, p in self.model.named_parameters() if id(p) in trains}
+    def before_phase(self):
+        self.before = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
+        trains = {id(p) for p in self.model.trains(self.learn.task)}
+        self.allowed = {
+            k: self.model.selected(p) for k, p in self.model.named_parameters() if id(p) in trains
+        }
 
-    def after_epoch(self):
-        if self.task_ends:
-            after = self.model.state_dict()
-            changed = {k for k, v in self.before.items() if not torch.equal(v, after[k])}
-            if changed != self.allowed:
-                raise AssertionError(
-                    f"Task {self.learn.task + 1} changed {sorted(changed - self.allowed)} against the"
-                    f" contract, and left {sorted(self.allowed - changed)} as they were."
-                )
-            self.changed.append(changed)
+    def after_phase(self):
+        after = self.model.state_dict()
+        moved = {k: v != after[k] for k, v in self.before.items()}
+        changed = {k for k, m in moved.items() if m.any()}
+        partly = {k: m for k, m in self.allowed.items() if m is not None}
+        beyond = {
+            k for k in changed if k not in self.allowed or k in partly and (moved[k] & ~partly[k]).any()
+        }
+        if beyond or changed != set(self.allowed):
+            raise AssertionError(
+                f"Task {self.learn.task + 1} changed {sorted(beyond)} against the contract, and left"
+                f" {sorted(set(self.allowed) - changed)} as they were."
+            )
+        self.changed.append(changed)

@@ -11,6 +11,8 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
+from .core import check_choice
+
 # %% auto #0
 __all__ = ['own_phase', 'peak_accuracy', 'accuracy_at_best_valid', 'accuracy_matrix', 'forgetting_ratio', 'forgetting_curve',
            'backward_transfer', 'convergence_epochs', 'seconds', 'mean_ci', 'summarize']
@@ -51,9 +53,15 @@ def accuracy_matrix(
     )
 
 
-def forgetting_ratio(history: pd.DataFrame) -> pd.DataFrame:  # like `accuracy_matrix`
+def forgetting_ratio(
+    history: pd.DataFrame,
+    of: str = "peak",  # "end": of the accuracy at the end of the task's own training
+) -> pd.DataFrame:  # like `accuracy_matrix`
     "Catastrophic forgetting ratio (Sec. 4.2): accuracy after each later task, over the task's peak."
-    return accuracy_matrix(history) / peak_accuracy(history)
+    R = accuracy_matrix(history)
+    ends = pd.Series(np.diag(R), R.columns)
+    reference = {"peak": peak_accuracy(history), "end": ends}[check_choice("reference", of, ["peak", "end"])]
+    return R / reference.where(reference > 0)
 
 # %% ../nbs/30_metrics.ipynb #eaa3f570
 def forgetting_curve(history: pd.DataFrame) -> pd.Series:  # indexed by the number of tasks learned since
@@ -108,6 +116,7 @@ def summarize(history: pd.DataFrame) -> dict[str, float]:
         end_of_task_accuracy=float(np.diag(accuracy_matrix(history)).mean()),
         final_accuracy=float(accuracy_matrix(history).iloc[-1].mean()),
         forgetting_ratio=float(ratio.mean()),
+        forgetting_ratio_of_end=float(forgetting_ratio(history, of="end").iloc[-1].iloc[:-1].mean()),
         backward_transfer=backward_transfer(history),
         convergence_epochs=float(convergence_epochs(history).mean()),
         training_seconds=float(seconds(history).training),

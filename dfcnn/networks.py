@@ -49,16 +49,19 @@ _cifar = Architecture("cifar100", (3, 32, 32), (3, 3, 3, 3), (32, 32, 64, 64), (
 _home = Architecture(
     "officehome", (3, 128, 128), (11, 5, 3, 3), (64, 256, 256, 256), (3, 3, 2, 2), (256, 64), 13
 )
+_reduced = dict(channels=(24, 24, 48, 48), hidden=(32,))
 ARCHITECTURES = {
     a.name: a
     for a in (
         _mnist,  # five tasks: pairs of digits
         replace(_mnist, name="mnist-10"),  # ten: one digit against the rest, with other knowledge bases
-        replace(_cifar, name="cifar10", outputs=2),
-        replace(_cifar, name="cifar10-reduced", outputs=2, channels=(24, 24, 48, 48), hidden=(32,)),
+        replace(_cifar, name="cifar10-5", outputs=2),
+        replace(_cifar, name="cifar10-10", outputs=2),
+        replace(_cifar, name="cifar10-5-reduced", outputs=2, **_reduced),
+        replace(_cifar, name="cifar10-10-reduced", outputs=2, **_reduced),
         _cifar,
         replace(_cifar, name="cifar100-large", channels=(48, 48, 96, 96), hidden=(128,)),
-        replace(_cifar, name="cifar100-reduced", channels=(24, 24, 48, 48), hidden=(32,)),
+        replace(_cifar, name="cifar100-reduced", **_reduced),
         _home,
         replace(_home, name="officehome-large", channels=(128, 256, 512, 512), hidden=(1024, 128)),
     )
@@ -144,10 +147,14 @@ class Parts(nn.Module):
 class LifelongNetwork(nn.Module):
     "The networks of all tasks of a sequence: the contract that every method keeps."
 
+    max_tasks: float = float("inf")  # that the network can take
+    starts_from: type[LifelongNetwork] | None = None  # whose trained networks `start_from` is given first
+
     def __init__(
         self,
         arch: Architecture,  # of every task's CNN
         seed: int = 0,  # initial values are drawn from streams of this seed
+        length: int = 10,  # tasks that will come
     ):
         super().__init__()
         self.arch, self.seed = arch, seed
@@ -188,9 +195,17 @@ class LifelongNetwork(nn.Module):
         "The parameters that training `task` may change: the shared ones and its own."
         return self.shared() + list(self.tasks[task].parameters())
 
+    def selected(self, parameter: nn.Parameter) -> torch.Tensor | None:
+        "Which values of a parameter that trains may change (True where they may); None for all of them."
+        return None
+
     def uses(self, task: int) -> list[nn.Parameter]:
         "The parameters that the predictions for `task` depend on."
         return self.shared() + list(self.tasks[task].parameters())
+
+    def callbacks(self) -> list:
+        "fastai callbacks with which this network takes part in its training."
+        return []
 
     def load_state_dict(self, state: dict, *args, **kwargs):
         "Restore a state dict, adding the tasks that it holds first."
@@ -207,16 +222,17 @@ class Method:
     title: str  # as the paper writes it
     network: type[LifelongNetwork]
     size: str = ""  # "large" or "reduced": which of the data set's architectures, "" for the usual one
+    note: str = ""  # what a reader must know where its numbers appear
 
 
 METHODS: dict[str, Method] = {}
 
 
-def register(name: str, title: str | None = None, size: str = ""):
+def register(name: str, title: str | None = None, size: str = "", note: str = ""):
     "Class decorator: list a `LifelongNetwork` as a method. Use it twice to list the network in two sizes."
 
     def add(network: type[LifelongNetwork]):
-        METHODS[name] = Method(name, title or name, network, size)
+        METHODS[name] = Method(name, title or name, network, size, note)
         return network
 
     return add
@@ -227,11 +243,13 @@ def build_network(
     architecture: str,  # a key of `ARCHITECTURES`, without its size
     seed: int = 0,
     n_tasks: int = 0,  # so many tasks are added at once
+    length: int | None = None,  # tasks that will come in all; None: `n_tasks`, or ten
 ) -> LifelongNetwork:
     "The network of a method for a data set."
     m = METHODS[check_choice("method", method, METHODS)]
     name = f"{architecture}-{m.size}" if m.size else architecture
-    network = m.network(ARCHITECTURES[check_choice(f"architecture for {m.title}", name, ARCHITECTURES)], seed)
+    arch = ARCHITECTURES[check_choice(f"architecture for {m.title}", name, ARCHITECTURES)]
+    network = m.network(arch, seed, length=length or n_tasks or 10)
     for _ in range(n_tasks):
         network.add_task()
     return network

@@ -21,13 +21,15 @@ import pandas as pd
 import torch
 from fastprogress import progress_bar
 
-import dfcnn.dfcnn  # lists DF-CNN and its ablations
-import dfcnn.progressive  # lists ProgNN
 import dfcnn.sharing  # lists STL, HPS and SNN
+import dfcnn.progressive  # lists ProgNN
+import dfcnn.expandable  # lists DEN
+import dfcnn.tensor_factorization  # lists TF
+import dfcnn.dfcnn  # lists DF-CNN and its ablations
 from .core import BadInput, check_choice, check_number, pick_device, stream_seed, write_text, writing
 from .images import Images
 from .learner import HISTORY, Callback, lifelong_learner, train
-from .metrics import summarize
+from .metrics import seconds, summarize
 from .networks import METHODS, build_network, count_parameters
 from .tasks import DATASETS, DataSet, Task, task_sequence
 
@@ -120,18 +122,36 @@ def load_records(folder: str | Path) -> list[Record]:
     "All complete records below `folder`."
     return [load_record(f.parent) for f in sorted(Path(folder).rglob("summary.json"))]
 
-# %% ../nbs/31_runs.ipynb #c0be8daf
-def code_checksum() -> str:
-    "Checksum over the modules of this package."
-    sources = sorted(Path(dfcnn.__file__).parent.glob("*.py"))
-    return hashlib.sha256(b"".join(f.read_bytes() for f in sources if not f.name.startswith("_"))).hexdigest()
+# %% ../nbs/31_runs.ipynb #25761a99
+def code_checksum(network: type) -> str:
+    "Checksum over the modules of this package and, where it is a class from elsewhere, a method's network."
+    code = hashlib.sha256()
+    for f in sorted(Path(dfcnn.__file__).parent.glob("[!_]*.py")):
+        code.update(f.read_bytes())
+    for cls in network.__mro__:
+        if cls.__module__.partition(".")[0] not in ("dfcnn", "torch", "builtins"):
+            code.update(_source(cls))
+    return code.hexdigest()
 
 
-def made_with(images: Images, device: torch.device) -> dict[str, Any]:
+def _source(cls: type) -> bytes:
+    "What a class says of itself; something new each time where that cannot be told."
+    parts = {
+        k: getattr(v, "__func__", v) for k, v in vars(cls).items() if not k.startswith("__") or callable(v)
+    }
+    try:
+        return repr(
+            [inspect.getsource(v) if inspect.isfunction(v) else (k, v) for k, v in parts.items()]
+        ).encode()
+    except (OSError, TypeError):
+        return os.urandom(16)
+
+
+def made_with(images: Images, device: torch.device, network: type) -> dict[str, Any]:
     "Data, code, versions and device of a run."
     return dict(
         data=images.fingerprint,
-        code=code_checksum(),
+        code=code_checksum(network),
         torch=torch.__version__,
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         dfcnn=dfcnn.__version__,
@@ -169,7 +189,7 @@ def run(
 ) -> Record:
     "Train and evaluate one method on one trial, and leave a record; use a complete one again."
     device, folder = torch.device(device), Path(output_dir) / config.name
-    about = made_with(images, device)
+    about = made_with(images, device, METHODS[config.method].network)
     if (folder / "summary.json").exists():
         record = load_record(folder)
         if record.config == config and all(record.made_with.get(k) == about[k] for k in SAME):
@@ -179,25 +199,27 @@ def run(
 
     trial = ("trial", config.trial)
     tasks = task_sequence(config.dataset, images, n_tasks=config.tasks, trial=config.trial, seed=config.seed)
-    network = build_network(
-        config.method, DATASETS[config.dataset].architecture, stream_seed(config.seed, *trial, "init")
-    )
+    architecture, init = DATASETS[config.dataset].architecture, stream_seed(config.seed, *trial, "init")
+    network = build_network(config.method, architecture, init, length=config.tasks)
     about["tasks"] = [t.name for t in tasks]
     write_text(folder / "config.json", json.dumps(dict(config=asdict(config), made_with=about), indent=1))
-    learn = lifelong_learner(
-        network,
-        tasks,
-        config.epochs,
-        config.lr,
-        config.decay,
-        config.batch_size,
-        config.eval_every,
+    hyper = dict(
+        epochs=config.epochs,
+        lr=config.lr,
+        decay=config.decay,
+        batch_size=config.batch_size,
         seed=stream_seed(config.seed, *trial, "training"),
         device=device,
-        cbs=[KeepHistory(folder / "history.csv"), *(cbs or [])],
     )
-    history = train(learn)
+    before, cbs = 0.0, list(cbs or [])
+    if network.starts_from:  # train the networks of another method first, in the same way
+        first = network.starts_from(network.arch, init, config.tasks)
+        before = seconds(train(lifelong_learner(first, tasks, **hyper, eval_every=None, cbs=cbs))).training
+        network.start_from(first)
+    keep = KeepHistory(folder / "history.csv")
+    history = train(lifelong_learner(network, tasks, **hyper, eval_every=config.eval_every, cbs=[keep, *cbs]))
     summary = dict(parameters=count_parameters(network), **summarize(history))
+    summary["training_seconds"] += before
     without_nan = {k: None if v != v else v for k, v in summary.items()}  # JSON has no NaN
     write_text(folder / "summary.json", json.dumps(without_nan, indent=1))
     return load_record(folder)
@@ -208,16 +230,22 @@ class ShowProgress(Callback):
 
     order = 70
 
-    def __init__(self, bar: Any, before: int, title: str):
-        self.bar, self.before, self.title = bar, before, title
+    def __init__(self, bar: Any, done: int, title: str):
+        self.bar, self.done, self.title = bar, done, title
 
     def after_epoch(self):
-        accuracy, _ = self.learn.evaluate.latest[self.learn.task, "test"]
+        accuracy, _ = self.learn.evaluate.latest.get((self.learn.task, "test"), (None, None))
+        what = (
+            f"{type(self.model).__name__} to start from"
+            if accuracy is None
+            else f"test accuracy {accuracy:.1%}"
+        )
         where = f"{self.title}, task {self.learn.task + 1} of {len(self.learn.evaluate.eval_tasks)}"
-        self.bar.comment = f"{where}, test accuracy {accuracy:.1%}"
-        self.bar.update(self.before + self.epoch + 1)
+        self.done += 1
+        self.bar.comment = f"{where}, {what}"
+        self.bar.update(self.done)
         if self.task_ends:
-            print(f"{where}: test accuracy {accuracy:.1%} after {self.task_epoch + 1} epochs", flush=True)
+            print(f"{where}: {what} after {self.task_epoch + 1} epochs", flush=True)
 
 
 @dataclass
@@ -272,18 +300,22 @@ class Study:
             with torch.device("meta"):
                 network = build_network(m, self.dataset.architecture, n_tasks=c.tasks)
             lines.append(f"| {METHODS[m].title} | {count_parameters(network):,} |")
-        return "\n".join(lines)
+        notes = dict.fromkeys(METHODS[c.method].note for c in self.configs if METHODS[c.method].note)
+        return "\n".join(lines + [""] + [f"* {note}" for note in notes])
 
     def run(self) -> list[Record]:
         "Carry out all runs, one after the other; complete records are used again."
-        total, done, records = sum(c.epochs * c.tasks for c in self.configs), 0, []
-        bar = progress_bar(range(total))
+        epochs = [
+            c.epochs * c.tasks * (2 if METHODS[c.method].network.starts_from else 1) for c in self.configs
+        ]
+        done, records = 0, []
+        bar = progress_bar(range(sum(epochs)))
         bar.update(0)
         for i, c in enumerate(self.configs):
             title = f"{METHODS[c.method].title}, trial {c.trial + 1} (run {i + 1} of {len(self.configs)})"
             progress = ShowProgress(bar, done, title)
             records.append(run(c, self.images, self.output_dir, self.device, [progress]))
-            done += c.epochs * c.tasks
+            done += epochs[i]
             if progress.learn is None:  # no epoch was run
                 print(f"{title}: complete record found in {records[-1].folder}, not run again", flush=True)
                 bar.update(done)

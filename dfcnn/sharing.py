@@ -14,9 +14,9 @@ from .networks import Architecture, Convolutions, Head, LifelongNetwork, Parts, 
 # %% auto #0
 __all__ = ['STL', 'HPS', 'SNN']
 
-# %% ../nbs/12_sharing.ipynb #4cf8d8c4
-@register("STL")
+# %% ../nbs/12_sharing.ipynb #231f1533
 @register("STL-large", "STL (large)", size="large")
+@register("STL")
 class STL(LifelongNetwork):
     "A network of its own for every task."
 
@@ -31,8 +31,8 @@ class STL(LifelongNetwork):
 class HPS(LifelongNetwork):
     "One set of convolutions for all tasks, fully connected layers for each."
 
-    def __init__(self, arch: Architecture, seed: int = 0):
-        super().__init__(arch, seed)
+    def __init__(self, arch: Architecture, seed: int = 0, length: int = 10):
+        super().__init__(arch, seed, length)
         self.conv = Convolutions(arch, stream(seed, "init", "conv"))
 
     def new_task(self, generator: torch.Generator) -> nn.Module:
@@ -46,8 +46,8 @@ class HPS(LifelongNetwork):
 class SNN(LifelongNetwork):
     "A single network for the data of all tasks (authors' code)."
 
-    def __init__(self, arch: Architecture, seed: int = 0):
-        super().__init__(arch, seed)
+    def __init__(self, arch: Architecture, seed: int = 0, length: int = 10):
+        super().__init__(arch, seed, length)
         self.conv = Convolutions(arch, stream(seed, "init", "conv"))
         self.head = Head(arch, stream(seed, "init", "head"))
 

@@ -32,14 +32,15 @@ def method(request):
 
 def learner(method, cbs=(), seed=0, **kw):
     return lifelong_learner(
-        build_network(method, "cifar100", seed=seed), small_tasks(), **{**HYPER, **kw}, cbs=list(cbs)
+        build_network(method, "cifar100", seed=seed, length=3), small_tasks(), **{**HYPER, **kw}, cbs=list(cbs)
     )
 
 
 def test_only_what_a_task_may_change_changes(method):
     learn = learner(method, [Audit()])
     train(learn)
-    assert len(learn.audit.changed) == 3 and all(learn.audit.changed)
+    phases = 3 if method != "DEN" else 1 + 2 * 4  # DEN's stages
+    assert len(learn.audit.changed) == phases and all(learn.audit.changed)
 
 
 def test_frozen_parameters_cost_no_gradients_and_no_optimizer_state(method):
@@ -80,12 +81,10 @@ def test_a_state_dict_restores_it(method):
 
 
 def test_initial_values_of_a_task_do_not_depend_on_the_others(method):
-    one, three = build_network(method, "cifar100", 5, n_tasks=1), build_network(
-        method, "cifar100", 5, n_tasks=3
-    )
+    one, three = (build_network(method, "cifar100", 5, n_tasks=n, length=3) for n in (1, 3))
     values = dict(three.named_parameters())
     assert all(torch.equal(p, values[k]) for k, p in one.named_parameters())
-    other = dict(build_network(method, "cifar100", 6, n_tasks=1).named_parameters())
+    other = dict(build_network(method, "cifar100", 6, n_tasks=1, length=3).named_parameters())
     assert any(not torch.equal(p, other[k]) for k, p in one.named_parameters())
 
 
