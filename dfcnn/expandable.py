@@ -307,6 +307,9 @@ class GrowthStages(Callback):
             raise BadInput("DEN learns its tasks one after the other; it cannot go back to an earlier one.")
         self.epochs = {task: schedule.count(task) for task in schedule}
 
+    def before_phase(self):
+        self.trained = self.model.trains(self.learn.task)
+
     def before_batch(self):
         if not self.training:
             return
@@ -333,7 +336,7 @@ class GrowthStages(Callback):
 
     def before_step(self):
         growth, n = self.model.growth, len(self.pred)
-        for p in self.model.trains(self.learn.task):
+        for p in self.trained:
             if self.model.stage == "retrain":
                 p.grad.add_(p, alpha=n * growth.l2)
             if self.model.stage == "settle" and p in self.model.old:
@@ -346,7 +349,7 @@ class GrowthStages(Callback):
     def after_step(self):
         if self.model.stage in ("retrain", "settle"):
             return
-        for p in self.model.trains(self.learn.task):
+        for p in self.trained:
             if p.ndim > 1:  # biases are left alone
                 p.copy_(F.softshrink(p, self.model.growth.l1))
         if self.model.stage == "expand":

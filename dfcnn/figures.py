@@ -21,8 +21,9 @@ from .runs import TRAINING, Record, can_build
 from .tasks import DATASETS
 
 # %% auto #0
-__all__ = ['SETTINGS', 'GREYS', 'LIFELONG_REPORT', 'targets', 'target', 'parameter_table', 'size_table', 'by_method', 'caption',
-           'peak_table', 'learning_curves', 'forgetting_figure', 'convergence_figure', 'matrix_figure', 'write_report']
+__all__ = ['SETTINGS', 'GREYS', 'LIFELONG_REPORT', 'ABLATION_REPORT', 'targets', 'target', 'parameter_table', 'size_table',
+           'by_method', 'caption', 'peak_table', 'learning_curves', 'forgetting_figure', 'convergence_figure',
+           'matrix_figure', 'cost_table', 'write_report']
 
 # %% ../nbs/32_figures.ipynb #304e116b
 def targets() -> pd.DataFrame:
@@ -282,6 +283,23 @@ def matrix_figure(records: Sequence[Record]) -> plt.Figure:
     fig.supylabel("after learning task", fontsize=9)
     return _finish(fig, records, "Accuracy matrix (%)")
 
+# %% ../nbs/32_figures.ipynb #d3b8a2f1
+def cost_table(records: Sequence[Record]) -> pd.DataFrame:  # a row for each method
+    "Parameters, shared and added by a task on average, and milliseconds of an epoch of training."
+    c, rows = records[0].config, {}
+    for method, rs in by_method(records).items():
+        with torch.device("meta"):
+            network = build_network(method, DATASETS[c.dataset].architecture, n_tasks=c.tasks)
+        shared, total = sum(p.numel() for p in network.shared()), count_parameters(network)
+        epoch = mean_ci([1000 * r.summary["training_seconds"] / (c.epochs * c.tasks) for r in rs])[0]
+        rows[METHODS[method].title] = {
+            "parameters": f"{total:,}",
+            "shared": f"{shared:,}",
+            "of each task": f"{(total - shared) / c.tasks:,.0f}",
+            "ms per epoch": f"{epoch:.0f}",
+        }
+    return pd.DataFrame(rows).T.rename_axis("model")
+
 # %% ../nbs/32_figures.ipynb #b2c6d6d6
 LIFELONG_REPORT = {
     "table.csv": peak_table,
@@ -290,13 +308,18 @@ LIFELONG_REPORT = {
     "convergence.png": convergence_figure,
     "accuracy_matrix.png": matrix_figure,
 }
+ABLATION_REPORT = {**LIFELONG_REPORT, "costs.csv": cost_table}
 
 
-def write_report(records: Sequence[Record], folder: str | Path) -> list[Path]:
-    "Draw every table and figure of `LIFELONG_REPORT` into `folder`."
-    paths = [Path(folder) / name for name in LIFELONG_REPORT]
+def write_report(
+    records: Sequence[Record],
+    folder: str | Path,
+    report: dict[str, Callable] = LIFELONG_REPORT,  # file name -> function of the records
+) -> list[Path]:
+    "Draw every table and figure of a report into `folder`."
+    paths = [Path(folder) / name for name in report]
     for path in paths:
-        drawn = LIFELONG_REPORT[path.name](records)
+        drawn = report[path.name](records)
         with writing(path) as part:
             if path.suffix == ".csv":
                 drawn.to_csv(part)

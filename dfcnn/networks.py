@@ -175,9 +175,8 @@ class LifelongNetwork(nn.Module):
 
     def add_task(self) -> None:
         "Make ready for one more task, on the device where the rest is."
-        like = next(self.parameters(), torch.empty(0))
         generator = stream(self.seed, "init", "task", len(self.tasks))
-        self.tasks.append(self.new_task(generator).to(like.device).train(self.training))
+        self.tasks.append(self.new_task(generator).to(self.n_tasks.device).train(self.training))
         self.n_tasks += 1
 
     def forward(

@@ -68,15 +68,16 @@ class ProgNN(LifelongNetwork):
         "A column's own filters, without what comes through its adapters."
         return self.tasks[task].conv()
 
-    def columns(self, x: torch.Tensor, task: int) -> list[torch.Tensor]:
-        "The features of columns 0 to `task`, layer by layer, each layer in all of them."
+    def features(self, x: torch.Tensor, task: int) -> torch.Tensor:
+        "What the convolutions of column `task` make of `x`, layer by layer, each layer in all columns up to it."
         filters, h = [self.filters(t) for t in range(task + 1)], [x] * (task + 1)
         for layer, pool in enumerate(self.arch.pools):
+            last = layer == len(self.arch.pools) - 1  # which nobody reads in the earlier columns
             h = [
                 conv_block(h[t], *filters[t][layer], pool, self.lateral(h[:t], t, layer))
-                for t in range(task + 1)
+                for t in (range(task, task + 1) if last else range(task + 1))
             ]
-        return h
+        return h[-1]
 
     def lateral(self, h: list[torch.Tensor], t: int, layer: int) -> torch.Tensor | None:
         "Sum of what the adapters of column `t` make of the earlier columns' inputs `h` to this layer."
@@ -85,7 +86,7 @@ class ProgNN(LifelongNetwork):
         return sum(adapt(earlier) for adapt, earlier in zip(self.tasks[t].adapters[layer - 1], h))
 
     def forward(self, x: torch.Tensor, task: int) -> torch.Tensor:
-        return self.head_of(task)(self.columns(x, task)[-1])
+        return self.head_of(task)(self.features(x, task))
 
     def trains(self, task: int) -> list[nn.Parameter]:
         "The newest column alone."

@@ -119,8 +119,9 @@ def load_record(folder: str | Path) -> Record:
 
 
 def load_records(folder: str | Path) -> list[Record]:
-    "All complete records below `folder`."
-    return [load_record(f.parent) for f in sorted(Path(folder).rglob("summary.json"))]
+    "All complete records below `folder`, methods in the order of `METHODS`."
+    records = [load_record(f.parent) for f in sorted(Path(folder).rglob("summary.json"))]
+    return sorted(records, key=lambda r: [*METHODS, r.config.method].index(r.config.method))
 
 # %% ../nbs/31_runs.ipynb #25761a99
 def code_checksum(network: type) -> str:
@@ -325,7 +326,8 @@ class Study:
 def can_build(method: str, architecture: str) -> bool:
     "Is there a network of this method for this architecture?"
     try:
-        build_network(method, architecture)
+        with torch.device("meta"):
+            build_network(method, architecture)
     except BadInput:
         return False
     return True
@@ -343,13 +345,14 @@ def pick_methods(methods: str | list[str], architecture: str) -> list[str]:
         return [m for m in METHODS if can_build(m, architecture)]
     names = list(dict.fromkeys(check_choice("method", m, METHODS) for m in names))
     for m in names:
-        build_network(m, architecture)  # says why where it cannot be built
+        with torch.device("meta"):
+            build_network(m, architecture)  # says why where it cannot be built
     return names
 
 
 def scoring_interval(epochs: int) -> int:
-    "Epochs between two scores of the tasks learned before: twenty per task, but never oftener than every fifth."
-    return max(5, epochs // 20)
+    "Epochs between two scores of the tasks learned before: twenty per task, but never oftener than every tenth."
+    return max(10, epochs // 20)
 
 
 def lifelong_study(

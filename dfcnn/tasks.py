@@ -157,7 +157,7 @@ DATASETS = {
             shapes_groups,
             CIFAR_SPLIT,
             True,
-            look=10,
+            look=6,
             stand_in=True,
         ),
         DataSet(

@@ -24,7 +24,8 @@ def tucker(
     core, factors = tensor, []
     for axis in range(tensor.ndim):
         U, S, _ = torch.linalg.svd(tensor.movedim(axis, 0).flatten(1), full_matrices=False)
-        factors.append(U[:, S > threshold * S[0]])
+        kept = slice(None) if S.is_meta else S > threshold * S[0]  # mere shapes count as full
+        factors.append(U[:, kept])
         core = torch.tensordot(core, factors[-1], dims=([0], [0]))  # the next axis is the first now
     return core, factors
 
@@ -45,8 +46,7 @@ class TF(LifelongNetwork):
         super().__init__(arch, seed, length)
         self.max_tasks = length
         layers = range(len(arch.conv_shapes))
-        with torch.device("cpu"):  # the ranks are data, which a network of mere shapes has not
-            self.decompose([self.new_tensor(l, stream(seed, "init", "tensor", l)) for l in layers])
+        self.decompose([self.new_tensor(l, stream(seed, "init", "tensor", l)) for l in layers])
 
     def new_tensor(
         self, layer: int, generator: torch.Generator

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import shutil
@@ -12,10 +13,13 @@ from pathlib import Path
 import nbformat
 import pytest
 
+import dfcnn.runs  # lists all methods
+from dfcnn.networks import METHODS
+
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
 NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
-APPLICATIONS = [n for n in NOTEBOOKS if n.stem == "lifelong"]
+APPLICATIONS = [n for n in NOTEBOOKS if n.stem in ("lifelong", "ablations")]
 
 
 def call(*args, cwd=ROOT, ok=True, **env) -> subprocess.CompletedProcess:
@@ -63,6 +67,28 @@ def test_lifelong_runs_through_papermill(tmp_path):
     assert (
         max(f.stat().st_mtime_ns for r in records for f in r.iterdir()) == stamp
     ), "finished runs were run again"
+
+
+def test_every_method_runs_through_papermill(tmp_path):
+    papermill(tmp_path / "out.ipynb", "methods", "all", "epochs", 1, "tasks", 2)
+    with (tmp_path / "reports/lifelong/shapes/table.csv").open() as f:
+        shown = [row["model"] for row in csv.DictReader(f)]
+    assert shown == [m.title for m in METHODS.values()]
+    cells = nbformat.read(tmp_path / "out.ipynb", 4).cells
+    described = "".join(json.dumps(c.get("outputs", [])) for c in cells)
+    assert "leaves it out of the lifelong experiments" in described  # the paper's caveat about TF
+
+
+def test_ablations_run_through_papermill(tmp_path):
+    out = tmp_path / "out.ipynb"
+    papermill(out, "epochs", 1, "tasks", 2, notebook=ROOT / "nbs/ablations.ipynb")
+    with (tmp_path / "reports/ablations/shapes/costs.csv").open() as f:
+        costs = {row["model"]: row for row in csv.DictReader(f)}
+    assert costs["DF-CNN.direct"]["of each task"] == "4,567,274" and costs["DF-CNN.tc2"]["shared"] == "4,128"
+    done = papermill(
+        out, "dataset", "officehome", "data_dir", ".", notebook=ROOT / "nbs/ablations.ipynb", ok=False
+    )
+    assert "There are no sizes of DFCNNDirect for the architecture 'officehome'" in done.stdout + done.stderr
 
 
 def test_officehome_runs_where_its_folder_is(tmp_path, home):
@@ -148,7 +174,7 @@ def regenerated(tmp_path_factory):
     shutil.copytree(
         ROOT,
         copy,
-        ignore=shutil.ignore_patterns(".git", ".venv*", "lifelong", "__pycache__", "build", "*.egg-info"),
+        ignore=shutil.ignore_patterns(".git", ".venv*", "lifelong", "ablations", "__pycache__", "build", "*.egg-info"),
     )
     shutil.rmtree(copy / "dfcnn")
     (copy / "dfcnn").mkdir()
