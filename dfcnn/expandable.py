@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .core import BadInput, stream
+from .core import stream
 from .networks import Architecture, Head, LifelongNetwork, Parts, bias, register, weight
 
 with warnings.catch_warnings():  # fastai 2.8 imports parts of torch that are about to go
@@ -30,9 +30,9 @@ class Growth:
     "Settings of DEN (authors' code; the shares are ours, but for the first, which is the DEN code's)."
 
     l1: float = 1e-6  # taken off every weight at every update
-    l2: float = 0.01  # weight of the squares of the retrained weights
+    l2: float = 0.01  # weight of half the squares of the retrained weights
     group: float = 0.8  # taken off the norm of every new unit at every update
-    drift: float = 0.5  # weight of the squared way from the old values
+    drift: float = 0.5  # weight of half the squared way from the old values
     loss: float = 0.01  # mean cross-entropy from which on the network expands
     sparsity: float = 0.98  # share of zeros from which on a connection counts as absent
     split: float = 0.01  # drift from which on a unit is split
@@ -63,6 +63,8 @@ def append(older: torch.Tensor | None, new: Units) -> torch.Tensor:  # all units
 )
 class DEN(LifelongNetwork):
     "The dynamically expandable network of Yoon et al. (2018), for convolutions."
+
+    in_sequence = True
 
     def __init__(self, arch: Architecture, seed: int = 0, length: int = 10, growth: Growth = Growth()):
         super().__init__(arch, seed, length)
@@ -217,9 +219,14 @@ class DEN(LifelongNetwork):
             copies.into.zero_()  # older units go on with what they read
             copies.b.copy_(biases[l][units])
             copies.W[:, : now[l].shape[1]] = now[l][units]
-            if l:  # of the layer below, the copies take the place of the units that were split
+            if l:  # for what is this task's own, copies take the place of the units of the layer below
                 copies.W[:, now[l].shape[1] :] = now[l][units][:, picked[l - 1]]
                 copies.W[:, picked[l - 1]] = 0
+                before = len(self.drift(l))  # units of before the task; then those that it has added
+                copies.into[before:] = now[l][before:, picked[l - 1]]
+                for p, (rows, _) in self.blocks(l):
+                    if before <= rows.start and p is not copies.W:
+                        p[:, picked[l - 1]] = 0
             self.put_back(l, units)
         W = self.tasks[-1].head.W[0].unflatten(1, (-1, places))
         W[:, len(biases[-1]) :] = W[:, picked[-1]]
@@ -283,13 +290,15 @@ class DEN(LifelongNetwork):
         return [GrowthStages()]
 
     def load_state_dict(self, state: dict, *args, **kwargs):
-        "Restore a state dict, growing to its generations and tasks first."
+        "Restore a state dict of a network between two tasks, growing to its generations and tasks first."
         self.grown, self.tasks, none = nn.ModuleList(), nn.ModuleList(), torch.Generator()
+        self.masks, self.old, self.stage = {}, {}, "first"
         for g in range(1 + max(int(k.split(".")[1]) for k in state if k.startswith("grown."))):
             self.grow([len(state[f"grown.{g}.{l}.b"]) for l in range(len(self.arch.channels))], none)
         self.stamps = state["stamps"].to(self.n_tasks.device, copy=True)
         for stamp in self.stamps.tolist():
-            self.tasks.append(Parts(head=self.new_head(stamp, none)).to(self.n_tasks.device))
+            head = self.new_head(stamp, none).to(self.n_tasks.device)
+            self.tasks.append(Parts(head=head).train(self.training))
         return super().load_state_dict(state, *args, **kwargs)
 
 # %% ../nbs/15_expandable.ipynb #3df080a4
@@ -303,8 +312,6 @@ class GrowthStages(Callback):
 
     def before_fit(self):
         schedule = self.task_switch.schedule
-        if sorted(schedule) != schedule:
-            raise BadInput("DEN learns its tasks one after the other; it cannot go back to an earlier one.")
         self.epochs = {task: schedule.count(task) for task in schedule}
 
     def before_phase(self):
@@ -350,9 +357,11 @@ class GrowthStages(Callback):
         if self.model.stage in ("retrain", "settle"):
             return
         for p in self.trained:
-            if p.ndim > 1:  # biases are left alone
+            if p.ndim > 1:  # biases are not made sparse
                 p.copy_(F.softshrink(p, self.model.growth.l1))
         if self.model.stage == "expand":
             for new in self.model.grown[-1]:
-                norms = new.W.flatten(1).norm(dim=1)[:, None, None, None]
-                new.W.mul_((1 - self.model.growth.group / norms.clamp(min=1e-12)).clamp(min=0))
+                norms = (new.W.flatten(1).square().sum(1) + new.b.square()).sqrt()
+                shrink = (1 - self.model.growth.group / norms.clamp(min=1e-12)).clamp(min=0)
+                new.W.mul_(shrink[:, None, None, None])
+                new.b.mul_(shrink)

@@ -9,13 +9,13 @@ import time
 import warnings
 from collections import Counter
 from functools import partial
-from typing import Callable, Iterator, Sequence
+from typing import Callable, Iterable, Iterator, Sequence
 
 import pandas as pd
 import torch
 import torch.nn.functional as F
 
-from .core import BadInput, stream, stream_seed
+from .core import BadInput, check_choice, stream, stream_seed
 from .networks import LifelongNetwork
 from .optimizer import RMSProp, inverse_time_decay
 from .tasks import Split, Task
@@ -29,7 +29,8 @@ with warnings.catch_warnings():  # fastai 2.8 imports parts of torch that are ab
 
 # %% auto #0
 __all__ = ['HISTORY', 'sum_cross_entropy', 'TaskBatches', 'on_device', 'SeedEpochs', 'TaskSwitch', 'InverseTimeDecay',
-           'lifelong_schedule', 'score', 'Evaluate', 'TaskLearner', 'lifelong_learner', 'train', 'Audit']
+           'lifelong_schedule', 'multitask_schedule', 'score', 'Evaluate', 'TaskLearner', 'task_learner',
+           'lifelong_learner', 'train', 'Audit']
 
 # %% ../nbs/21_learner.ipynb #5efb9065
 def sum_cross_entropy(
@@ -97,7 +98,8 @@ class TaskSwitch(Callback):
 
     Other callbacks read from the Learner: the `task` in hand, `task_epoch` (epochs that it has had before
     this one), and `task_ends` (whether the next epoch is another task's). They are told when a *phase*, in which
-    the same parameters are trained, begins and ends: `before_phase`, `after_phase`.
+    the same parameters are trained, begins and ends, and when the network was altered in between: `before_phase`,
+    `after_phase`, `after_change`.
     """
 
     order = -15  # before anything else looks at the task in hand
@@ -105,8 +107,9 @@ class TaskSwitch(Callback):
     def __init__(
         self,
         schedule: Sequence[int],  # task of each epoch
+        together: bool = False,  # are all tasks there from the start?
     ):
-        self.schedule, trained = list(schedule), Counter()
+        self.schedule, self.together, trained = list(schedule), together, Counter()
         self.task_epochs = []  # for each epoch of the run, how many the same task has had before
         for task in self.schedule:
             self.task_epochs.append(trained[task])
@@ -133,7 +136,7 @@ class TaskSwitch(Callback):
     def turn_to(self, task: int):
         "Make `task` the one that is trained."
         network = self.learn.model
-        while len(network.tasks) <= task:
+        while len(network.tasks) <= (max(self.schedule) if self.together else task):
             network.add_task()
         trained = network.trains(task)
         network.requires_grad_(False).zero_grad()
@@ -149,6 +152,7 @@ class TaskSwitch(Callback):
         "Let `change` alter the network within a task; a new optimizer holds what the task may change from here."
         self.learn("after_phase")
         change()
+        self.learn("after_change")
         del self.learn.optimizers[self.learn.task]
         self.turn_to(self.learn.task)
         self.learn("before_phase")
@@ -172,6 +176,18 @@ class InverseTimeDecay(Callback):
 def lifelong_schedule(n_tasks: int, epochs: int) -> list[int]:
     "One task at a time, in order, each for `epochs` epochs (App. B.1)."
     return [task for task in range(n_tasks) for _ in range(epochs)]
+
+# %% ../nbs/21_learner.ipynb #aeddddf6
+def multitask_schedule(
+    n_tasks: int,
+    epochs: int,  # of all tasks together
+    draw: str = "uniform",  # at random (authors' code), or "round-robin" (App. B.1)
+    seed: int = 0,
+) -> list[int]:
+    "A task for each epoch, when all tasks are there from the start."
+    if check_choice("draw", draw, ["uniform", "round-robin"]) == "round-robin":
+        return [epoch % n_tasks for epoch in range(epochs)]
+    return torch.randint(n_tasks, (epochs,), generator=stream(seed, "schedule")).tolist()
 
 # %% ../nbs/21_learner.ipynb #8f476a61
 @torch.no_grad()
@@ -212,8 +228,9 @@ class Evaluate(Callback):
         self,
         tasks: Sequence[Task],  # on the device
         eval_every: int | None = 1,  # epochs between two scores of earlier tasks; None: nothing is scored
+        together: bool = False,  # score all tasks every `eval_every` epochs, and none in between
     ):
-        self.eval_tasks, self.eval_every = tasks, eval_every
+        self.eval_tasks, self.eval_every, self.together = tasks, eval_every, together
         self.rows: list[tuple] = []
         self.learned: set[int] = set()
         self.latest: dict[tuple[int, str], tuple[float, float]] = {}  # by task and split
@@ -244,6 +261,9 @@ class Evaluate(Callback):
     def after_phase(self):
         self.outdate()
 
+    def after_change(self):
+        self.latest.clear()
+
     def outdate(self):
         "Forget the scores of the tasks that have changed since."
         for task in {task for task, _ in self.latest}:
@@ -251,9 +271,11 @@ class Evaluate(Callback):
                 del self.latest[task, "valid"], self.latest[task, "test"]
 
     def before_epoch(self):
-        if self.task_epoch == 0:
+        first = self.epoch == 0 if self.together else self.task_epoch == 0
+        if first:
+            everything = range(len(self.eval_tasks)) if self.together else [self.learn.task]
             with torch.no_grad():
-                self.evaluate(self.epoch, 0, [self.learn.task])
+                self.evaluate(self.epoch, 0, everything)
 
     def before_train(self):
         self.start, self.seen = time.perf_counter(), 0
@@ -278,9 +300,13 @@ class Evaluate(Callback):
         done, now = self.task_epoch + 1, self.epoch + 1
         self.learned.add(self.learn.task)
         self.outdate()
-        due = self.eval_every and (self.task_ends or done % self.eval_every == 0)
-        earlier = sorted(self.learned - {self.learn.task}) if due else []
-        self.evaluate(now, done, [*earlier, self.learn.task])
+        if self.together:
+            due = self.eval_every and (now % self.eval_every == 0 or now == self.n_epoch)
+            scored = range(len(self.eval_tasks)) if due else []
+        else:
+            due = self.eval_every and (self.task_ends or done % self.eval_every == 0)
+            scored = [*(sorted(self.learned - {self.learn.task}) if due else []), self.learn.task]
+        self.evaluate(now, done, scored)
         raise CancelValidException()
 
 # %% ../nbs/21_learner.ipynb #dc31ab6d
@@ -293,10 +319,10 @@ class TaskLearner(Learner):
                 cb(event_name)
 
 
-def lifelong_learner(
+def task_learner(
     network: LifelongNetwork,
-    tasks: Sequence[Task],  # in the order in which they are learned
-    epochs: int,  # per task
+    tasks: Sequence[Task],
+    schedule: Sequence[int],  # task of each epoch
     lr: float,  # of the first epoch
     decay: float,  # of the learning rate, per epoch
     batch_size: int,
@@ -304,12 +330,18 @@ def lifelong_learner(
     seed: int = 0,  # of batches and dropout
     device: torch.device | str = "cpu",
     cbs: Sequence[Callback] = (),  # more callbacks
+    together: bool = False,  # are all tasks there from the start?
 ) -> TaskLearner:  # `learn.evaluate.history` is the table of scores after `train(learn)`
-    "A fastai Learner that learns `tasks` one after the other."
+    "A fastai Learner that learns `tasks` as the schedule says."
     if len(tasks) > network.max_tasks:
         raise BadInput(
             f"The network was built for {network.max_tasks} tasks, but {len(tasks)} are to be learned. Pass"
             " `length`."
+        )
+    if network.in_sequence and (together or sorted(schedule) != list(schedule)):
+        raise BadInput(
+            f"{type(network).__name__} learns its tasks one after the other and cannot go back to an earlier"
+            " one."
         )
     for t in tasks:
         if len(t.train.y) < batch_size:
@@ -323,7 +355,7 @@ def lifelong_learner(
                 f" {network.arch.input}."
             )
     device = torch.device(device)
-    tasks, schedule = on_device(tasks, device), lifelong_schedule(len(tasks), epochs)
+    tasks = on_device(tasks, device)
     dls = DataLoaders(
         TaskBatches(tasks, "train", batch_size), TaskBatches(tasks, "valid", batch_size), device=device
     )
@@ -337,13 +369,24 @@ def lifelong_learner(
         cbs=[
             TrainEvalCallback(),
             SeedEpochs(seed),
-            TaskSwitch(schedule),
+            TaskSwitch(schedule, together),
             InverseTimeDecay(lr, decay),
-            Evaluate(tasks, eval_every),
+            Evaluate(tasks, eval_every, together),
             *network.callbacks(),
             *cbs,
         ],
     )
+
+
+def lifelong_learner(
+    network: LifelongNetwork,
+    tasks: Sequence[Task],  # in the order in which they are learned
+    epochs: int,  # per task
+    *args,
+    **kwargs,  # of `task_learner`, after the schedule
+) -> TaskLearner:
+    "A fastai Learner that learns `tasks` one after the other, each for `epochs` epochs."
+    return task_learner(network, tasks, lifelong_schedule(len(tasks), epochs), *args, **kwargs)
 
 
 def train(learn: TaskLearner) -> pd.DataFrame:  # the history
@@ -352,33 +395,51 @@ def train(learn: TaskLearner) -> pd.DataFrame:  # the history
         learn.fit(len(learn.task_switch.schedule))
     return learn.evaluate.history
 
-# %% ../nbs/21_learner.ipynb #2d5aeb4b
+# %% ../nbs/21_learner.ipynb #2eb5a9da
 class Audit(Callback):
-    "Check at the end of each phase that exactly what it may change has changed."
+    "Check that a phase changes exactly what it may, and that nothing of other tasks changes between phases."
 
     order = 50
 
     def __init__(self):
         self.changed: list[set[str]] = []  # names of the tensors that each phase changed
+        self.last: dict[str, torch.Tensor] = {}  # the state at the end of the phase before
+        self.last_task = None
+
+    def refuse(self, what: str, names: Iterable[str]):
+        raise AssertionError(f"Task {self.learn.task + 1} {what} {sorted(names)} against the contract.")
 
     def before_phase(self):
+        task = self.learn.task
         self.before = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
-        trains = {id(p) for p in self.model.trains(self.learn.task)}
+        foreign = lambda k: k.startswith("tasks.") and not k.startswith(f"tasks.{task}.")
+        still = {k for k in self.last if task != self.last_task or foreign(k)} - {"n_tasks", "stamps"}
+        between = {k for k in still if k not in self.before or not torch.equal(self.last[k], self.before[k])}
+        if between:
+            self.refuse("altered, before it was trained,", between)
+        self.steps = 0
+        trains = {id(p) for p in self.model.trains(task)}
         self.allowed = {
             k: self.model.selected(p) for k, p in self.model.named_parameters() if id(p) in trains
         }
 
+        if any(map(foreign, self.allowed)):
+            self.refuse("wants to train", filter(foreign, self.allowed))
+
+    def after_step(self):
+        self.steps += 1
+
     def after_phase(self):
         after = self.model.state_dict()
+        self.last, self.last_task = {k: v.detach().clone() for k, v in after.items()}, self.learn.task
         moved = {k: v != after[k] for k, v in self.before.items()}
         changed = {k for k, m in moved.items() if m.any()}
         partly = {k: m for k, m in self.allowed.items() if m is not None}
         beyond = {
             k for k in changed if k not in self.allowed or k in partly and (moved[k] & ~partly[k]).any()
         }
-        if beyond or changed != set(self.allowed):
-            raise AssertionError(
-                f"Task {self.learn.task + 1} changed {sorted(beyond)} against the contract, and left"
-                f" {sorted(set(self.allowed) - changed)} as they were."
-            )
+        if beyond:
+            self.refuse("changed", beyond)
+        if self.steps and changed != set(self.allowed):
+            self.refuse("may train, but left as they were,", set(self.allowed) - changed)
         self.changed.append(changed)

@@ -15,7 +15,8 @@ from .core import check_choice
 
 # %% auto #0
 __all__ = ['own_phase', 'peak_accuracy', 'accuracy_at_best_valid', 'accuracy_matrix', 'forgetting_ratio', 'forgetting_curve',
-           'backward_transfer', 'convergence_epochs', 'seconds', 'mean_ci', 'summarize']
+           'backward_transfer', 'convergence_epochs', 'seconds', 'mean_ci', 'task_means', 'summarize_together',
+           'summarize']
 
 # %% ../nbs/30_metrics.ipynb #7f8412ea
 def own_phase(
@@ -105,6 +106,28 @@ def mean_ci(
     if len(values) < 2:
         return float(values.mean()), float("nan")
     return float(values.mean()), float(stats.sem(values) * stats.t.ppf((1 + confidence) / 2, len(values) - 1))
+
+# %% ../nbs/30_metrics.ipynb #5e45de66
+def task_means(history: pd.DataFrame) -> pd.DataFrame:  # epochs x (valid, test), accuracies from 0 to 1
+    "Accuracy averaged over tasks, at every epoch at which all were scored."
+    scores = history[history.split != "train"].pivot_table(
+        index="epoch", columns=["split", "evaluated"], values="accuracy"
+    )
+    return scores.dropna().T.groupby(level="split").mean().T
+
+
+def summarize_together(history: pd.DataFrame) -> dict[str, float]:
+    "The figures of App. C for one run; errors from 0 to 1."
+    means = task_means(history)
+    best = int(means.valid.idxmax())
+    return dict(
+        test_error=float(1 - means.test[best]),
+        valid_error=float(1 - means.valid[best]),
+        best_epoch=best,
+        last_test_error=float(1 - means.test.iloc[-1]),
+        training_seconds=float(seconds(history).training),
+        evaluation_seconds=float(seconds(history).evaluation),
+    )
 
 # %% ../nbs/30_metrics.ipynb #58a1cf4a
 def summarize(history: pd.DataFrame) -> dict[str, float]:

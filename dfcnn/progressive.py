@@ -52,6 +52,8 @@ class Adapter(nn.Module):
 class ProgNN(LifelongNetwork):
     "Progressive neural network: one column for each task, with adapters from all columns before it."
 
+    in_sequence = True
+
     def new_task(self, generator: torch.Generator) -> nn.Module:
         t = len(self.tasks)  # earlier columns
         adapters = [

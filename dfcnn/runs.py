@@ -28,15 +28,16 @@ import dfcnn.tensor_factorization  # lists TF
 import dfcnn.dfcnn  # lists DF-CNN and its ablations
 from .core import BadInput, check_choice, check_number, pick_device, stream_seed, write_text, writing
 from .images import Images
-from .learner import HISTORY, Callback, lifelong_learner, train
-from .metrics import seconds, summarize
-from .networks import METHODS, build_network, count_parameters
+from .learner import HISTORY, Callback, lifelong_schedule, multitask_schedule, task_learner, train
+from .metrics import seconds, summarize, summarize_together
+from .multitask import COUNTS, MultiTask, multitask_dataset
+from .networks import METHODS, Method, build_network, build_shapes, count_parameters
 from .tasks import DATASETS, DataSet, Task, task_sequence
 
 # %% auto #0
-__all__ = ['TRAINING', 'SAME', 'Training', 'RunConfig', 'Record', 'write_history', 'load_record', 'load_records', 'code_checksum',
-           'made_with', 'KeepHistory', 'run', 'ShowProgress', 'Study', 'can_build', 'pick_methods', 'scoring_interval',
-           'lifelong_study', 'notebook_parameters']
+__all__ = ['TRAINING', 'PACKAGE', 'SAME', 'Training', 'RunConfig', 'Record', 'write_history', 'load_record', 'load_records',
+           'code_checksum', 'made_with', 'KeepHistory', 'run', 'ShowProgress', 'Study', 'can_build', 'pick_methods',
+           'scoring_interval', 'lifelong_study', 'multitask_study', 'notebook_parameters']
 
 # %% ../nbs/31_runs.ipynb #4179c9f7
 @dataclass(frozen=True)
@@ -46,13 +47,19 @@ class Training:
     batch_size: int
     lr: float  # RMSProp's learning rate in the first epoch
     decay: float  # of the learning rate, per epoch
-    epochs: int  # per task, in the paper
+    epochs: int  # per task; of all tasks together where they are learned together (authors' code)
     trials: int  # in the paper
 
 
 TRAINING = {  # by architecture, since the stand-ins are trained as what they stand in for
     "cifar100": Training(batch_size=10, lr=1e-4, decay=2.5e-4, epochs=2000, trials=5),
     "officehome": Training(batch_size=16, lr=5e-6, decay=1e-3, epochs=1000, trials=10),
+    **dict.fromkeys(
+        ("mnist-5", "mnist-10"), Training(batch_size=10, lr=1e-3, decay=4e-3, epochs=500, trials=10)
+    ),
+    **dict.fromkeys(
+        ("cifar10-5", "cifar10-10"), Training(batch_size=20, lr=2.5e-4, decay=1e-3, epochs=2000, trials=10)
+    ),
 }
 
 # %% ../nbs/31_runs.ipynb #0dbde932
@@ -62,14 +69,15 @@ class RunConfig:
 
     dataset: str
     method: str
-    epochs: int  # per task
+    epochs: int  # per task; of all tasks together where they are learned together
     tasks: int
     batch_size: int
     lr: float
     decay: float
-    eval_every: int  # epochs between two scores of the tasks learned before
+    eval_every: int  # epochs between two scores of the tasks learned before, or of all tasks
     trial: int = 0
     seed: int = 0
+    schedule: str = "lifelong"  # or, for all tasks together, the way to draw one: "uniform", "round-robin"
 
     @property
     def name(self) -> str:
@@ -78,10 +86,24 @@ class RunConfig:
         return f"{self.method}-trial{self.trial}-{digest[:8]}"
 
     @property
+    def together(self) -> bool:
+        "Are all tasks there from the start?"
+        return self.schedule != "lifelong"
+
+    @property
+    def task_of_epoch(self) -> list[int]:
+        "The task of every epoch, which is the same for all methods of a trial."
+        if not self.together:
+            return lifelong_schedule(self.tasks, self.epochs)
+        seed = stream_seed(self.seed, "trial", self.trial, "schedule")
+        return multitask_schedule(self.tasks, self.epochs, self.schedule, seed)
+
+    @property
     def short(self) -> str:
         "What is shorter than in the paper, in words; empty for the paper's full schedule."
         paper, full = TRAINING[DATASETS[self.dataset].architecture], len(DATASETS[self.dataset].groups())
-        cut = [f"{self.epochs} of {paper.epochs} epochs per task"] if self.epochs < paper.epochs else []
+        per = "in all" if self.together else "per task"
+        cut = [f"{self.epochs} of {paper.epochs} epochs {per}"] if self.epochs < paper.epochs else []
         return " and ".join(cut + ([f"{self.tasks} of {full} tasks"] if self.tasks < full else []))
 
 # %% ../nbs/31_runs.ipynb #b51164fe
@@ -123,36 +145,27 @@ def load_records(folder: str | Path) -> list[Record]:
     records = [load_record(f.parent) for f in sorted(Path(folder).rglob("summary.json"))]
     return sorted(records, key=lambda r: [*METHODS, r.config.method].index(r.config.method))
 
-# %% ../nbs/31_runs.ipynb #25761a99
-def code_checksum(network: type) -> str:
-    "Checksum over the modules of this package and, where it is a class from elsewhere, a method's network."
+# %% ../nbs/31_runs.ipynb #00650068
+def _package_checksum() -> str:
     code = hashlib.sha256()
     for f in sorted(Path(dfcnn.__file__).parent.glob("[!_]*.py")):
         code.update(f.read_bytes())
-    for cls in network.__mro__:
-        if cls.__module__.partition(".")[0] not in ("dfcnn", "torch", "builtins"):
-            code.update(_source(cls))
     return code.hexdigest()
 
 
-def _source(cls: type) -> bytes:
-    "What a class says of itself; something new each time where that cannot be told."
-    parts = {
-        k: getattr(v, "__func__", v) for k, v in vars(cls).items() if not k.startswith("__") or callable(v)
-    }
-    try:
-        return repr(
-            [inspect.getsource(v) if inspect.isfunction(v) else (k, v) for k, v in parts.items()]
-        ).encode()
-    except (OSError, TypeError):
-        return os.urandom(16)
+PACKAGE = _package_checksum()  # of the code that was imported, whatever becomes of the files
 
 
-def made_with(images: Images, device: torch.device, network: type) -> dict[str, Any]:
+def code_checksum(method: Method) -> str:
+    "Checksum over this package and a method of your own."
+    return hashlib.sha256(json.dumps([PACKAGE, method.size, method.code]).encode()).hexdigest()
+
+
+def made_with(images: Images, device: torch.device, method: Method) -> dict[str, Any]:
     "Data, code, versions and device of a run."
     return dict(
         data=images.fingerprint,
-        code=code_checksum(network),
+        code=code_checksum(method),
         torch=torch.__version__,
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         dfcnn=dfcnn.__version__,
@@ -168,7 +181,7 @@ SAME = ("data", "code", "torch", "device")  # what must agree before a record is
 
 # %% ../nbs/31_runs.ipynb #f083410b
 class KeepHistory(Callback):
-    "Write the history at the end of every task, and every minute in between."
+    "Write the history every minute, at the end of a task that will not come again, and at the end."
 
     order = 60
 
@@ -176,9 +189,16 @@ class KeepHistory(Callback):
         self.path, self.every, self.written = path, every, time.monotonic()
 
     def after_epoch(self):
-        if self.task_ends or time.monotonic() - self.written > self.every:
-            write_history(self.learn.evaluate.history, self.path)
-            self.written = time.monotonic()
+        task_is_over = self.task_ends and not self.task_switch.together
+        if task_is_over or time.monotonic() - self.written > self.every:
+            self.write()
+
+    def after_fit(self):
+        self.write()
+
+    def write(self):
+        write_history(self.learn.evaluate.history, self.path)
+        self.written = time.monotonic()
 
 
 def run(
@@ -190,7 +210,7 @@ def run(
 ) -> Record:
     "Train and evaluate one method on one trial, and leave a record; use a complete one again."
     device, folder = torch.device(device), Path(output_dir) / config.name
-    about = made_with(images, device, METHODS[config.method].network)
+    about = made_with(images, device, METHODS[config.method])
     if (folder / "summary.json").exists():
         record = load_record(folder)
         if record.config == config and all(record.made_with.get(k) == about[k] for k in SAME):
@@ -205,7 +225,8 @@ def run(
     about["tasks"] = [t.name for t in tasks]
     write_text(folder / "config.json", json.dumps(dict(config=asdict(config), made_with=about), indent=1))
     hyper = dict(
-        epochs=config.epochs,
+        schedule=config.task_of_epoch,
+        together=config.together,
         lr=config.lr,
         decay=config.decay,
         batch_size=config.batch_size,
@@ -215,19 +236,20 @@ def run(
     before, cbs = 0.0, list(cbs or [])
     if network.starts_from:  # train the networks of another method first, in the same way
         first = network.starts_from(network.arch, init, config.tasks)
-        before = seconds(train(lifelong_learner(first, tasks, **hyper, eval_every=None, cbs=cbs))).training
+        before = seconds(train(task_learner(first, tasks, **hyper, eval_every=None, cbs=cbs))).training
         network.start_from(first)
     keep = KeepHistory(folder / "history.csv")
-    history = train(lifelong_learner(network, tasks, **hyper, eval_every=config.eval_every, cbs=[keep, *cbs]))
-    summary = dict(parameters=count_parameters(network), **summarize(history))
-    summary["training_seconds"] += before
+    history = train(task_learner(network, tasks, **hyper, eval_every=config.eval_every, cbs=[keep, *cbs]))
+    figures = summarize_together if config.together else summarize
+    summary = dict(parameters=count_parameters(network), **figures(history))
+    summary["pretraining_seconds"] = before
     without_nan = {k: None if v != v else v for k, v in summary.items()}  # JSON has no NaN
     write_text(folder / "summary.json", json.dumps(without_nan, indent=1))
     return load_record(folder)
 
 # %% ../nbs/31_runs.ipynb #5f3b0ed5
 class ShowProgress(Callback):
-    "One bar over the epochs of all runs of a study, and a printed line whenever a task has been learned."
+    "One bar over the epochs of all runs of a study, and a printed line whenever a task or a run is over."
 
     order = 70
 
@@ -235,18 +257,24 @@ class ShowProgress(Callback):
         self.bar, self.done, self.title = bar, done, title
 
     def after_epoch(self):
-        accuracy, _ = self.learn.evaluate.latest.get((self.learn.task, "test"), (None, None))
-        what = (
-            f"{type(self.model).__name__} to start from"
-            if accuracy is None
-            else f"test accuracy {accuracy:.1%}"
-        )
-        where = f"{self.title}, task {self.learn.task + 1} of {len(self.learn.evaluate.eval_tasks)}"
+        scored, n = self.learn.evaluate, len(self.learn.evaluate.eval_tasks)
+        tests = [scored.latest[t, "test"][0] for t in range(n) if (t, "test") in scored.latest]
+        if scored.together:
+            self.what = f"test error {1 - sum(tests) / n:.2%}" if len(tests) == n else self.what
+            where, done, over = self.title, self.epoch + 1, self.epoch + 1 == self.n_epoch
+        else:
+            here = scored.latest.get((self.learn.task, "test"))
+            self.what = f"test accuracy {here[0]:.1%}" if here else self.what
+            where = f"{self.title}, task {self.learn.task + 1} of {n}"
+            done, over = self.task_epoch + 1, self.task_ends
         self.done += 1
-        self.bar.comment = f"{where}, {what}"
+        self.bar.comment = f"{where}, {self.what}"
         self.bar.update(self.done)
-        if self.task_ends:
-            print(f"{where}: {what} after {self.task_epoch + 1} epochs", flush=True)
+        if over:
+            print(f"{where}: {self.what} after {done} epochs", flush=True)
+
+    def before_fit(self):
+        self.what = "" if self.learn.evaluate.eval_every else f"{type(self.model).__name__} to start from"
 
 
 @dataclass
@@ -271,9 +299,15 @@ class Study:
         "What is about to be run, in one paragraph and a table of methods."
         c, paper = self.configs[0], TRAINING[self.dataset.architecture]
         trials = 1 + max(c.trial for c in self.configs)
+        titles = list(dict.fromkeys(DATASETS[c.dataset].title for c in self.configs))
+        epochs = (
+            f"{c.epochs} epochs in all, tasks in {c.schedule} draw"
+            if c.together
+            else f"{c.epochs} epochs each"
+        )
         lines = [
             (
-                f"**{self.dataset.title}**: {c.tasks} tasks, {c.epochs} epochs each, {trials}"
+                f"**{'; '.join(titles)}**: {c.tasks} tasks, {epochs}, {trials}"
                 f" trial{'s' if trials > 1 else ''}, on {self.device}. Mini-batches of {c.batch_size},"
                 f" learning rate {c.lr:g}, decay {c.decay:g} per epoch, seed {c.seed}."
             ),
@@ -291,15 +325,14 @@ class Study:
         if self.dataset.stand_in:
             lines += [
                 (
-                    "**These images are a stand-in** that the package drew itself. They are not the paper's"
-                    " data, and the numbers below say nothing about the paper's."
+                    f"**{self.dataset.stand_in}** They are not the paper's data, and the numbers below say"
+                    " nothing about the paper's."
                 ),
                 "",
             ]
         lines += ["| method | parameters for these tasks |", "|---|---:|"]
         for m in dict.fromkeys(c.method for c in self.configs):
-            with torch.device("meta"):
-                network = build_network(m, self.dataset.architecture, n_tasks=c.tasks)
+            network = build_shapes(m, self.dataset.architecture, c.tasks)
             lines.append(f"| {METHODS[m].title} | {count_parameters(network):,} |")
         notes = dict.fromkeys(METHODS[c.method].note for c in self.configs if METHODS[c.method].note)
         return "\n".join(lines + [""] + [f"* {note}" for note in notes])
@@ -307,13 +340,15 @@ class Study:
     def run(self) -> list[Record]:
         "Carry out all runs, one after the other; complete records are used again."
         epochs = [
-            c.epochs * c.tasks * (2 if METHODS[c.method].network.starts_from else 1) for c in self.configs
+            len(c.task_of_epoch) * (2 if METHODS[c.method].network.starts_from else 1) for c in self.configs
         ]
         done, records = 0, []
         bar = progress_bar(range(sum(epochs)))
         bar.update(0)
         for i, c in enumerate(self.configs):
-            title = f"{METHODS[c.method].title}, trial {c.trial + 1} (run {i + 1} of {len(self.configs)})"
+            fraction = getattr(DATASETS[c.dataset], "fraction", "")
+            what = f"{METHODS[c.method].title}{f' at {fraction}' if fraction else ''}, trial {c.trial + 1}"
+            title = f"{what} (run {i + 1} of {len(self.configs)})"
             progress = ShowProgress(bar, done, title)
             records.append(run(c, self.images, self.output_dir, self.device, [progress]))
             done += epochs[i]
@@ -326,15 +361,15 @@ class Study:
 def can_build(method: str, architecture: str) -> bool:
     "Is there a network of this method for this architecture?"
     try:
-        with torch.device("meta"):
-            build_network(method, architecture)
+        build_shapes(method, architecture)
     except BadInput:
         return False
     return True
 
 
-def pick_methods(methods: str | list[str], architecture: str) -> list[str]:
+def pick_methods(methods: str | list[str], architecture: str, together: bool = False) -> list[str]:
     "Method names out of a list or a string ('STL HPS', 'STL, HPS', 'all'), checked to be buildable."
+    fits = lambda m: not (together and METHODS[m].network.in_sequence)
     if not isinstance(methods, (str, list, tuple)) or not methods:
         raise BadInput(
             f"Parameter 'methods' must name one or more of {', '.join(METHODS)}, or be 'all', but it is"
@@ -342,11 +377,14 @@ def pick_methods(methods: str | list[str], architecture: str) -> list[str]:
         )
     names = methods.replace(",", " ").split() if isinstance(methods, str) else list(methods)
     if names == ["all"]:
-        return [m for m in METHODS if can_build(m, architecture)]
+        return [m for m in METHODS if can_build(m, architecture) and fits(m)]
     names = list(dict.fromkeys(check_choice("method", m, METHODS) for m in names))
     for m in names:
-        with torch.device("meta"):
-            build_network(m, architecture)  # says why where it cannot be built
+        if not fits(m):
+            raise BadInput(
+                f"{METHODS[m].title} learns its tasks one after the other, and these come together."
+            )
+        build_shapes(m, architecture)  # says why where it cannot be built
     return names
 
 
@@ -368,44 +406,112 @@ def lifelong_study(
     eval_every: int | None = None,  # epochs between two scores of earlier tasks; None: see `scoring_interval`
 ) -> Study:
     "Check everything, load the images, and list the runs: every method on the same trials."
-    dataset = DATASETS[check_choice("data set", dataset, DATASETS)]
-    methods, training = pick_methods(methods, dataset.architecture), TRAINING[dataset.architecture]
+    dataset = DATASETS[check_choice("data set", dataset, [d for d in DATASETS if not _is_multitask(d)])]
+    epochs = dataset.look if epochs is None else check_number("epochs", epochs, 1)
+    eval_every = scoring_interval(epochs) if eval_every is None else check_number("eval_every", eval_every, 1)
+    common = dict(
+        methods=methods, trials=trials, seed=seed, data_dir=data_dir, output_dir=output_dir, device=device
+    )
+    return _study([dataset], dataset.name, "lifelong", epochs, eval_every, tasks, **common)
+
+
+def multitask_study(
+    dataset: str = "digits",  # a key of `multitask.COUNTS`
+    distribution: str = "heterogeneous",  # pairs of classes; "homogeneous": one class against all others
+    fractions: str | list[str] = "50%",  # of the data, keys of `COUNTS[dataset][distribution]`, or "all"
+    methods: str | list[str] = "STL HPS DF-CNN",  # keys of `networks.METHODS`, or "all"
+    epochs: int | None = None,  # of all tasks together; None: so many that a laptop finishes
+    trials: int = 1,
+    seed: int = 0,
+    data_dir: str | None = None,  # the user's images; None: download, or what comes with scikit-learn
+    output_dir: str = "reports/mtl",  # records go to <output_dir>/<dataset>-<distribution>
+    device: str = "auto",
+    eval_every: int = 10,  # epochs between two scores of all tasks
+    draw: str = "uniform",  # of each epoch's task (authors' code), or "round-robin" (App. B.1)
+) -> Study:
+    "As `lifelong_study`, for tasks that are learned together (App. C)."
+    dataset = check_choice("data set", dataset, COUNTS)
+    distribution = check_choice("distribution", distribution, COUNTS[dataset])
+    known = COUNTS[dataset][distribution]
+    if not isinstance(fractions, (str, list, tuple)) or not fractions:
+        raise BadInput(
+            f"Parameter 'fractions' must name one or more of {', '.join(known)}, or be 'all', but it is"
+            f" {fractions!r}."
+        )
+    names = fractions.replace(",", " ").split() if isinstance(fractions, str) else [str(f) for f in fractions]
+    names = list(known) if names == ["all"] else names
+    datasets = [multitask_dataset(dataset, distribution, f) for f in names]
+    datasets = list({d.name: d for d in datasets}.values())
+    draw = check_choice("draw", draw, ["uniform", "round-robin"])
+    epochs = datasets[0].look if epochs is None else check_number("epochs", epochs, 1)
+    eval_every = check_number("eval_every", eval_every, 1)
+    common = dict(
+        methods=methods, trials=trials, seed=seed, data_dir=data_dir, output_dir=output_dir, device=device
+    )
+    return _study(datasets, f"{dataset}-{distribution}", draw, epochs, eval_every, **common)
+
+
+def _is_multitask(dataset: str) -> bool:
+    return isinstance(DATASETS[dataset], MultiTask)
+
+
+def _study(
+    datasets: list[DataSet],  # of the same images
+    folder: str,
+    schedule: str,
+    epochs: int,
+    eval_every: int,
+    tasks: int | None = None,
+    *,
+    methods: str | list[str],
+    trials: int,
+    seed: int,
+    data_dir: str | None,
+    output_dir: str,
+    device: str,
+) -> Study:
+    "What both studies check and set up alike."
+    dataset = datasets[0]
+    training, together = TRAINING[dataset.architecture], schedule != "lifelong"
+    methods = pick_methods(methods, dataset.architecture, together)
     for name, value in dict(data_dir=data_dir, output_dir=output_dir, device=device).items():
         if not (isinstance(value, (str, os.PathLike)) and str(value)) and not (
             name == "data_dir" and value is None
         ):
             raise BadInput(f"Parameter '{name}' must be text, but it is {value!r} ({type(value).__name__}).")
     if dataset.stand_in and data_dir is not None:
+        real = "cifar100 or officehome" if not together else "mnist or cifar10"
         raise BadInput(
-            f"'{dataset.name}' is drawn by the package and takes no data_dir. For real images choose dataset"
-            " cifar100 or officehome."
+            f"'{dataset.name}' comes with the package and takes no data_dir. For real images choose dataset"
+            f" {real}."
         )
-    epochs = dataset.look if epochs is None else check_number("epochs", epochs, 1)
+    n = len(dataset.groups())
     config = RunConfig(
         dataset.name,
         methods[0],
         epochs,
-        tasks=(
-            len(dataset.groups()) if tasks is None else check_number("tasks", tasks, 1, len(dataset.groups()))
-        ),
+        tasks=n if tasks is None else check_number("tasks", tasks, 1, n),
         batch_size=training.batch_size,
         lr=training.lr,
         decay=training.decay,
-        eval_every=(
-            scoring_interval(epochs) if eval_every is None else check_number("eval_every", eval_every, 1)
-        ),
+        eval_every=eval_every,
         seed=check_number("seed", seed, 0),
+        schedule=schedule,
     )
     trials, device = check_number("trials", trials, 1), pick_device(device)
-    output = Path(output_dir) / dataset.name
+    output = Path(output_dir) / folder
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise BadInput(f"Output folder '{output}' cannot be made ({e}). Choose another output_dir.") from e
     images = dataset.images(data_dir)
-    return Study(
-        [replace(config, method=m, trial=t) for m in methods for t in range(trials)], images, output, device
-    )
+    configs = [
+        replace(config, dataset=d.name, method=m, trial=t)
+        for d in datasets
+        for m in methods
+        for t in range(trials)
+    ]
+    return Study(configs, images, output, device)
 
 # %% ../nbs/31_runs.ipynb #6ccba98f
 def notebook_parameters(

@@ -17,9 +17,9 @@ from .images import CIFAR100_CLASSES, CIFAR100_SUPERCLASSES, OFFICEHOME_CLASSES,
 from .shapes import OUTLINES, SHAPES_CLASSES, SHAPES_HOME_CLASSES, TEXTURES, shapes, shapes_home
 
 # %% auto #0
-__all__ = ['CIFAR100_HALVES', 'OFFICEHOME_GROUPS', 'CIFAR_SPLIT', 'HOME_SPLIT', 'DATASETS', 'Split', 'Task', 'cifar100_groups',
-           'officehome_groups', 'shapes_groups', 'shapes_home_groups', 'split_counts', 'standardize', 'DataSet',
-           'make_task', 'task_sequence', 'show_tasks']
+__all__ = ['CIFAR100_HALVES', 'OFFICEHOME_GROUPS', 'DRAWN', 'CIFAR_SPLIT', 'HOME_SPLIT', 'DATASETS', 'Split', 'Task',
+           'cifar100_groups', 'officehome_groups', 'shapes_groups', 'shapes_home_groups', 'split_counts', 'standardize',
+           'DataSet', 'task_sequence', 'show_tasks']
 
 # %% ../nbs/03_tasks.ipynb #e22d522c
 class Split(NamedTuple):
@@ -142,8 +142,27 @@ class DataSet:
     split: dict  # rule of `split_counts`
     standardized: bool
     look: int  # epochs per task of a run that is a first look and no reproduction: see `runs`
-    stand_in: bool = False
+    stand_in: str = ""  # what the images are, where they are not the paper's
 
+    def draw(self, images: Images, name: str, classes: list[str], generator: torch.Generator) -> Task:
+        "Draw one task's three sets, scale them, and give the classes labels in the order of `classes`."
+        part = "train" if "test" not in self.split else name.rpartition(" ")[0]
+        picked = {"train": [], "valid": [], "test": []}
+        for c in classes:
+            label = images.classes.index(c)
+            split = split_counts(images, part, label, self.split, generator)
+            for k in picked:
+                picked[k].append(split[k] if k in split else images.of("test", label))
+
+        def as_split(indices: list[torch.Tensor]) -> Split:
+            x = images.x[torch.cat(indices)].float() / 255
+            y = torch.arange(len(indices)).repeat_interleave(torch.tensor([len(i) for i in indices]))
+            return Split(standardize(x) if self.standardized else x, y)
+
+        return Task(name, list(classes), *(as_split(picked[k]) for k in ("train", "valid", "test")))
+
+
+DRAWN = "These images are a stand-in that the package drew itself."
 
 CIFAR_SPLIT, HOME_SPLIT = dict(train=17, valid=3), dict(train=0.6, valid=0.1, test=0.3)
 DATASETS = {
@@ -158,7 +177,7 @@ DATASETS = {
             CIFAR_SPLIT,
             True,
             look=6,
-            stand_in=True,
+            stand_in=DRAWN,
         ),
         DataSet(
             "shapes-home",
@@ -169,7 +188,7 @@ DATASETS = {
             HOME_SPLIT,
             False,
             look=1,
-            stand_in=True,
+            stand_in=DRAWN,
         ),
         DataSet(
             "cifar100",
@@ -194,27 +213,7 @@ DATASETS = {
     )
 }
 
-# %% ../nbs/03_tasks.ipynb #f15e8e80
-def make_task(
-    dataset: DataSet, images: Images, name: str, classes: list[str], generator: torch.Generator
-) -> Task:
-    "Draw one task's three sets, scale them, and give the classes labels in the order of `classes`."
-    part = "train" if "test" not in dataset.split else name.rpartition(" ")[0]
-    picked = {"train": [], "valid": [], "test": []}
-    for c in classes:
-        label = images.classes.index(c)
-        split = split_counts(images, part, label, dataset.split, generator)
-        for k in picked:
-            picked[k].append(split[k] if k in split else images.of("test", label))
-
-    def as_split(indices: list[torch.Tensor]) -> Split:
-        x = images.x[torch.cat(indices)].float() / 255
-        y = torch.arange(len(indices)).repeat_interleave(torch.tensor([len(i) for i in indices]))
-        return Split(standardize(x) if dataset.standardized else x, y)
-
-    return Task(name, list(classes), *(as_split(picked[k]) for k in ("train", "valid", "test")))
-
-
+# %% ../nbs/03_tasks.ipynb #60609b04
 def task_sequence(
     dataset: str,  # a key of `DATASETS`
     images: Images | None = None,  # where they were loaded before; else they are loaded from `data_dir`
@@ -230,8 +229,7 @@ def task_sequence(
     images = dataset.images(data_dir) if images is None else images
     order = torch.randperm(n_tasks, generator=stream(seed, "trial", trial, "order")).tolist()
     return [
-        make_task(dataset, images, *groups[i], stream(seed, "trial", trial, "split", groups[i][0]))
-        for i in order
+        dataset.draw(images, *groups[i], stream(seed, "trial", trial, "split", groups[i][0])) for i in order
     ]
 
 # %% ../nbs/03_tasks.ipynb #df167487
@@ -246,7 +244,8 @@ def show_tasks(
         row[0].text(-0.15, 0.5, task.name, transform=row[0].transAxes, ha="right", va="center", fontsize=8)
         for label, ax in enumerate(row):
             image = task.train.x[task.train.y == label][0].permute(1, 2, 0)
-            ax.imshow((image - image.min()) / (image.max() - image.min()).clamp(min=1e-6))
+            image = (image - image.min()) / (image.max() - image.min()).clamp(min=1e-6)
+            ax.imshow(image.squeeze(-1), cmap="gray")  # grey, where there is one channel
             ax.set_title(task.classes[label].replace("_", " "), fontsize=6, pad=2)
             ax.axis("off")
     fig.subplots_adjust(wspace=0.08, hspace=0.3)

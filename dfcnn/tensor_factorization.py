@@ -94,6 +94,10 @@ class TF(LifelongNetwork):
 
     def load_state_dict(self, state: dict, *args, **kwargs):
         "Restore a state dict, whose ranks and number of tasks may be others."
+        if len(self.tasks) > int(state["n_tasks"]):
+            raise BadInput(
+                f"The state holds {int(state['n_tasks'])} tasks, but the network has {len(self.tasks)}."
+            )
         names = [[f"factors.{l}.{axis}" for axis in range(4)] + [f"rows.{l}"] for l in range(len(self.core))]
         self.hold([(state[f"core.{l}"], [state[name] for name in layer]) for l, layer in enumerate(names)])
         self.max_tasks = len(state["rows.0"])

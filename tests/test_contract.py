@@ -8,7 +8,7 @@ import torch
 import dfcnn.runs  # lists all methods
 from dfcnn.core import BadInput
 from dfcnn.images import Images
-from dfcnn.learner import Audit, Callback, lifelong_learner, score, train
+from dfcnn.learner import Audit, Callback, lifelong_learner, multitask_schedule, score, task_learner, train
 from dfcnn.metrics import forgetting_ratio
 from dfcnn.networks import METHODS, build_network, count_parameters
 from dfcnn.tasks import Split, Task
@@ -130,3 +130,46 @@ def test_no_parameter_is_random_state_of_the_caller(method):
 def test_a_diverging_loss_stops_the_run():
     with pytest.raises(FloatingPointError, match="task 1 is nan in epoch"):
         train(learner("STL", lr=1e18))
+
+
+def together(method, cbs=(), schedule=(1, 0, 0, 2, 1), **kw):
+    network = build_network(method, "cifar100", seed=0, length=3)
+    hyper = {**HYPER, "epochs": None, **kw}
+    del hyper["epochs"]
+    return task_learner(network, small_tasks(), schedule, **hyper, cbs=list(cbs), together=True)
+
+
+def test_multi_task_learning_keeps_the_contract(method):
+    if METHODS[method].network.in_sequence:
+        with pytest.raises(BadInput, match="one after the other"):
+            together(method)
+        return
+    learn = together(method, [Audit()], eval_every=2)
+    history = train(learn)
+    assert len(learn.audit.changed) == 4  # 1, 0 0, 2, 1
+    scored = history[history.split == "test"].groupby("epoch").evaluated.apply(list).to_dict()
+    assert scored == {epoch: [0, 1, 2] for epoch in (0, 2, 4, 5)}
+    last = history.query("split == 'test' and epoch == 5").set_index("evaluated")
+    learn.model.eval()
+    for t, task in enumerate(small_tasks()):
+        assert score(learn.model, task.test, t) == tuple(last.loc[t, ["accuracy", "loss"]])
+
+
+def test_a_task_that_comes_again_finds_its_optimizer_state():
+    class Look(Callback):
+        order, seen = 5, ()
+
+        def before_train(self):
+            self.seen += ((self.learn.task, len(self.opt.opt.state)),)
+
+    learn = together("HPS", [Look()])
+    train(learn)
+    n = len(learn.model.trains(0))
+    assert learn.look.seen == ((1, 0), (0, 0), (0, n), (2, 0), (1, n))
+
+
+def test_all_methods_of_a_trial_see_the_same_draws(tmp_path):
+    config = dfcnn.runs.multitask_study(methods="STL HPS", trials=2, epochs=50, output_dir=str(tmp_path)).configs
+    draws = {(c.method, c.trial): tuple(c.task_of_epoch) for c in config}
+    assert draws["STL", 0] == draws["HPS", 0] != draws["STL", 1]
+    assert set(multitask_schedule(5, 500)) == set(range(5))

@@ -258,3 +258,42 @@ def test_real_cifar100_is_learned(shared):
         build_network("DF-CNN", "cifar100"), tasks, epochs=12, lr=1e-4, decay=2.5e-4, batch_size=10
     )
     assert peak_accuracy(train(learn))[0] > 0.25
+
+
+COUNTS_OF_THE_PAPER = [  # (data set, distribution, fraction) -> training, validation, test images of a task
+    ("mnist", "heterogeneous", "3%", 300, 60, 1800),
+    ("mnist", "heterogeneous", "30%", 3000, 600, 1800),
+    ("mnist", "homogeneous", "3%", 300, 30, 2000),
+    ("mnist", "homogeneous", "10%", 1000, 100, 2000),
+    ("cifar10", "heterogeneous", "4%", 340, 60, 2000),
+    ("cifar10", "homogeneous", "30%", 2500, 500, 2000),
+]
+
+
+@pytest.mark.parametrize("source, distribution, fraction, train, valid, test", COUNTS_OF_THE_PAPER)
+def test_multitask_counts_and_balance(shared, source, distribution, fraction, train, valid, test):
+    tasks = task_sequence(f"{source}-{distribution}-{fraction}", data_dir=shared / "data")
+    assert len(tasks) == (5 if distribution == "heterogeneous" else 10)
+    for task in tasks:
+        assert [len(s.y) for s in (task.train, task.valid, task.test)] == [train, valid, test]
+        for split, n in ((task.train, train), (task.valid, valid)):
+            assert split.y.sum() == n // 2, "half true, half false"
+        # the test set has fewer than half of some digits (892 fives): the other side fills up
+        assert abs(int(task.test.y.sum()) - test // 2) <= (110 if source == "mnist" else 0)
+    x = tasks[0].train.x
+    assert x.shape[1:] == ((1, 28, 28) if source == "mnist" else (3, 32, 32))
+    if source == "mnist":
+        assert x.min() == 0 and x.max() == 1
+    else:
+        assert x.mean((0, 2, 3)).abs().max() < 1e-4 and (x.std((0, 2, 3)) - 1).abs().max() < 1e-3
+
+
+def test_multitask_sets_share_no_image(shared):
+    for task in task_sequence("mnist-homogeneous-3%", data_dir=shared / "data")[:3]:
+        images = [x.numpy().tobytes() for s in (task.train, task.valid, task.test) for x in s.x]
+        assert len(set(images)) == len(images)
+
+
+def test_a_fraction_that_needs_more_images_than_there_are(shared):
+    with pytest.raises(BadInput, match="Choose a smaller fraction or more images"):
+        task_sequence("cifar10-heterogeneous-70%", data_dir=shared / "data")

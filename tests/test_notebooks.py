@@ -19,7 +19,7 @@ from dfcnn.networks import METHODS
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
 NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
-APPLICATIONS = [n for n in NOTEBOOKS if n.stem in ("lifelong", "ablations")]
+APPLICATIONS = [n for n in NOTEBOOKS if n.stem in ("lifelong", "ablations", "mtl")]
 
 
 def call(*args, cwd=ROOT, ok=True, **env) -> subprocess.CompletedProcess:
@@ -84,11 +84,52 @@ def test_ablations_run_through_papermill(tmp_path):
     papermill(out, "epochs", 1, "tasks", 2, notebook=ROOT / "nbs/ablations.ipynb")
     with (tmp_path / "reports/ablations/shapes/costs.csv").open() as f:
         costs = {row["model"]: row for row in csv.DictReader(f)}
-    assert costs["DF-CNN.direct"]["of each task"] == "4,567,274" and costs["DF-CNN.tc2"]["shared"] == "4,128"
+    assert costs["DF-CNN.direct"]["of each task"] == "4,567,274" and costs["DF-CNN.tc2"]["shared at the start"] == "4,128"
     done = papermill(
         out, "dataset", "officehome", "data_dir", ".", notebook=ROOT / "nbs/ablations.ipynb", ok=False
     )
     assert "There are no sizes of DFCNNDirect for the architecture 'officehome'" in done.stdout + done.stderr
+
+
+def test_the_multi_task_study_runs_through_papermill(tmp_path):
+    out, notebook = tmp_path / "out.ipynb", ROOT / "nbs/mtl.ipynb"
+    papermill(out, "epochs", 6, "fractions", "10% 50%", "methods", "STL TF-distillation", notebook=notebook)
+    folder = tmp_path / "reports/mtl/digits-heterogeneous"
+    with (folder / "table.csv").open() as f:
+        table = {row["model"]: row for row in csv.DictReader(f)}
+    assert list(table) == ["STL", "TF (Distillation)"] and "error at 50% (%)" in table["STL"]
+    assert len(list(folder.glob("*/summary.json"))) == 4 and (folder / "errors.png").exists()
+    shown = out.read_text()
+    assert "This is a short run" in shown and "scikit-learn's handwritten digits" in shown
+
+
+def test_mnist_shows_the_papers_errors(tmp_path, shared):
+    parameters = ("dataset", "mnist", "data_dir", shared / "data", "fractions", "3%", "epochs", 5, "trials", 2)
+    out, notebook = tmp_path / "out.ipynb", ROOT / "nbs/mtl.ipynb"
+    papermill(out, *parameters, "methods", "STL", "eval_every", 5, notebook=notebook)
+    with (tmp_path / "reports/mtl/mnist-heterogeneous/table.csv").open() as f:
+        (row,) = csv.DictReader(f)
+    assert row["paper at 3% (%)"] == "0.99" and row["at 3%"] in ("within", "outside")
+
+
+@pytest.mark.parametrize(
+    "parameters, message",
+    [
+        (("dataset", "shapes"), "Unknown data set 'shapes'"),
+        (("distribution", "mixed"), "Unknown distribution 'mixed'"),
+        (("fractions", "3%"), "Unknown fraction of Handwritten digits of scikit-learn '3%'"),
+        (("methods", "STL DEN"), "DEN learns its tasks one after the other, and these come together"),
+        (("draw", "random"), "Unknown draw 'random'"),
+        (("tasks", "3"), "Unknown parameter 'tasks'"),
+        (("dataset", "mnist", "fractions", "3%", "data_dir", "."), "There is no MNIST in '.'"),
+    ],
+    ids=lambda p: " ".join(p) if isinstance(p, tuple) else "",
+)
+def test_bad_input_to_the_multi_task_study(tmp_path, parameters, message):
+    out, notebook = tmp_path / "out.ipynb", ROOT / "nbs/mtl.ipynb"
+    done = papermill(out, *parameters, ok=False, notebook=notebook)
+    assert done.returncode != 0 and message in done.stdout + done.stderr
+    assert not list(tmp_path.rglob("history.csv"))
 
 
 def test_officehome_runs_where_its_folder_is(tmp_path, home):
@@ -174,7 +215,7 @@ def regenerated(tmp_path_factory):
     shutil.copytree(
         ROOT,
         copy,
-        ignore=shutil.ignore_patterns(".git", ".venv*", "lifelong", "ablations", "__pycache__", "build", "*.egg-info"),
+        ignore=shutil.ignore_patterns(".git", ".venv*", "lifelong", "ablations", "mtl", "__pycache__", "build", "*.egg-info"),
     )
     shutil.rmtree(copy / "dfcnn")
     (copy / "dfcnn").mkdir()
