@@ -334,8 +334,11 @@ def error_table(records: Sequence[Record]) -> pd.DataFrame:  # a row for each me
         for method, rs in by_method(group).items():
             title = title_of(method)
             row = rows.setdefault(title, {"parameters": f"{rs[0].summary['parameters']:,}"})
+            last, last_half = mean_ci([100 * r.summary["last_test_error"] for r in rs])
             mean, half = mean_ci([100 * r.summary["test_error"] for r in rs])
-            row[f"error at {fraction} (%)"] = f"{mean:.2f}" + ("" if np.isnan(half) else f" ± {half:.2f}")
+            form = lambda mean, half: f"{mean:.2f}" + ("" if np.isnan(half) else f" ± {half:.2f}")
+            row[f"error at {fraction} (%)"] = form(mean, half)
+            row[f"last at {fraction} (%)"] = form(last, last_half)
             if not data.stand_in:
                 paper, _ = target(
                     data.source,

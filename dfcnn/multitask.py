@@ -122,7 +122,7 @@ def multitask_dataset(source: str, distribution: str, fraction: str) -> MultiTas
         lambda: multitask_groups(source, distribution),
         dict(zip(("train", "valid", "test"), fractions[fraction])),
         standardized=source == "cifar10",
-        look=100 if source == "cifar10" else 300,
+        look=60 if source == "cifar10" else 200,
         stand_in=(
             "These images are scikit-learn's handwritten digits, 8x8 pixels enlarged to 28x28, not MNIST."
             if source == "digits"

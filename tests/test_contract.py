@@ -7,10 +7,10 @@ import torch
 
 import dfcnn.runs  # lists all methods
 from dfcnn.core import BadInput
-from dfcnn.images import Images
+from dfcnn.expandable import DEN, Growth
 from dfcnn.learner import Audit, Callback, lifelong_learner, multitask_schedule, score, task_learner, train
 from dfcnn.metrics import forgetting_ratio
-from dfcnn.networks import METHODS, build_network, count_parameters
+from dfcnn.networks import ARCHITECTURES, METHODS, build_network
 from dfcnn.tasks import Split, Task
 
 HYPER = dict(epochs=2, lr=1e-3, decay=2.5e-4, batch_size=10)
@@ -110,6 +110,26 @@ def test_recorded_scores_are_those_of_the_trained_network(method):
     learn.model.eval()
     for t, task in enumerate(small_tasks()):
         assert score(learn.model, task.test, t) == tuple(last.loc[t, ["accuracy", "loss"]])
+
+
+class Rescore(Callback):
+    "Compare every score that may be repeated with a new one, after each epoch."
+
+    order = 55
+
+    def after_epoch(self):
+        for (task, split), known in self.learn.evaluate.latest.items():
+            data = getattr(self.learn.evaluate.eval_tasks[task], split)
+            assert score(self.model.eval(), data, task) == known, f"task {task} has a stale score"
+
+
+def test_no_score_is_repeated_after_a_change(method):
+    train(learner(method, [Rescore()], epochs=4, eval_every=3))
+
+
+def test_no_score_is_repeated_where_all_units_are_put_back():
+    network = DEN(ARCHITECTURES["cifar100"], growth=Growth(units=100, split=0.0))
+    train(lifelong_learner(network, small_tasks(), **{**HYPER, "epochs": 8}, cbs=[Rescore(), Audit()]))
 
 
 def test_isolated_tasks_keep_their_score_exactly():
