@@ -12,7 +12,6 @@ from typing import Callable, Sequence
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-import torch
 
 from .core import BadInput, writing
 from dfcnn.metrics import (

@@ -227,7 +227,7 @@ class Method:
     title: str  # as the paper writes it
     network: type[LifelongNetwork]
     size: str = ""  # "large" or "reduced": which of the data set's architectures, "" for the usual one
-    note: str = ""  # what a reader must know where its numbers appear
+    note: str = ""  # what a reader must know where it learns tasks one after the other
     code: str = ""  # checksum of the network's source where it is not this package's
 
 

@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from dfcnn.networks import (
-    Architecture,
     Convolutions,
     Head,
     LifelongNetwork,

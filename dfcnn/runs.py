@@ -334,8 +334,8 @@ class Study:
         for m in dict.fromkeys(c.method for c in self.configs):
             network = build_shapes(m, self.dataset.architecture, c.tasks)
             lines.append(f"| {METHODS[m].title} | {count_parameters(network):,} |")
-        notes = dict.fromkeys(METHODS[c.method].note for c in self.configs if METHODS[c.method].note)
-        return "\n".join(lines + [""] + [f"* {note}" for note in notes])
+        notes = dict.fromkeys(METHODS[c.method].note for c in self.configs if not c.together)
+        return "\n".join(lines + [""] + [f"* {note}" for note in notes if note])
 
     def run(self) -> list[Record]:
         "Carry out all runs, one after the other; complete records are used again."

@@ -106,7 +106,7 @@ class TF(LifelongNetwork):
 
 @register("TF-uniform", "TF (uniform start)", note=_NOTE.format("TF (uniform start)"))
 class TFUniform(TF):
-    "TF from the authors' start: uniform over [0, 1), whose first loss is about 4e8."
+    "TF from the authors' start: uniform over [0, 1), with a first loss of about 4e8 in their code."
 
     def new_tensor(self, layer: int, generator: torch.Generator) -> torch.Tensor:
         cin, cout, k = self.arch.conv_shapes[layer]
