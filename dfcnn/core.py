@@ -108,6 +108,8 @@ def writing(
     os.close(handle)
     try:
         yield Path(name)
+        with open(name, "rb+") as written:
+            os.fsync(written.fileno())
         umask = os.umask(0)
         os.umask(umask)
         os.chmod(name, 0o666 & ~umask)  # mkstemp makes files for their owner alone

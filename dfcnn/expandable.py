@@ -289,17 +289,32 @@ class DEN(LifelongNetwork):
     def callbacks(self) -> list[Callback]:
         return [GrowthStages()]
 
+    def state_dict(self, *args, **kwargs) -> dict:
+        "With what a task under way goes by: `stage`, and the entries of `old` and `masks` under their parameters' names."
+        state, names = super().state_dict(*args, **kwargs), {p: k for k, p in self.named_parameters()}
+        state["stage"] = torch.tensor(("first", *STAGES).index(self.stage))
+        for what, entries in dict(old=self.old, masks=self.masks).items():
+            state.update({f"{what}.{names[p]}": v for p, v in entries.items() if p in names})
+        return state
+
     def load_state_dict(self, state: dict, *args, **kwargs):
-        "Restore a state dict of a network between two tasks, growing to its generations and tasks first."
+        "Restore a state dict, growing to its generations and tasks first."
         self.grown, self.tasks, none = nn.ModuleList(), nn.ModuleList(), torch.Generator()
-        self.masks, self.old, self.stage = {}, {}, "first"
         for g in range(1 + max(int(k.split(".")[1]) for k in state if k.startswith("grown."))):
             self.grow([len(state[f"grown.{g}.{l}.b"]) for l in range(len(self.arch.channels))], none)
         self.stamps = state["stamps"].to(self.n_tasks.device, copy=True)
         for stamp in self.stamps.tolist():
             head = self.new_head(stamp, none).to(self.n_tasks.device)
             self.tasks.append(Parts(head=head).train(self.training))
-        return super().load_state_dict(state, *args, **kwargs)
+        parameters = dict(self.named_parameters())
+        notes = {k: v for k, v in state.items() if k == "stage" or k.startswith(("old.", "masks."))}
+        self.stage = ("first", *STAGES)[int(notes.pop("stage"))]
+        self.old, self.masks = {}, {}
+        for k, v in notes.items():
+            what, _, name = k.partition(".")
+            getattr(self, what)[parameters[name]] = v.to(self.n_tasks.device, copy=True)
+        rest = {k: v for k, v in state.items() if k != "stage" and k not in notes}
+        return super().load_state_dict(rest, *args, **kwargs)
 
 # %% ../nbs/15_expandable.ipynb #3df080a4
 class GrowthStages(Callback):
@@ -326,6 +341,13 @@ class GrowthStages(Callback):
         while self.learn.task > 0 and self.at < 3 and done >= self.model.growth.shares[self.at]:
             self.at += 1
             self.enter(STAGES[self.at])
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        "What the stages to come depend on, between two epochs."
+        return dict(at=torch.tensor(self.at), losses=torch.stack([*self.losses]))
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]):
+        self.at, self.losses = int(state["at"]), deque(state["losses"], maxlen=len(state["losses"]))
 
     def enter(self, stage: str):
         loss = torch.stack([*self.losses]).mean().item() if self.losses else float("inf")

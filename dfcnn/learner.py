@@ -22,13 +22,13 @@ from .tasks import Split, Task
 
 with warnings.catch_warnings():  # fastai 2.8 imports parts of torch that are about to go
     warnings.simplefilter("ignore")
-    from fastai.callback.core import Callback, CancelValidException, TrainEvalCallback
+    from fastai.callback.core import Callback, CancelEpochException, CancelValidException, TrainEvalCallback
     from fastai.data.core import DataLoaders
     from fastai.learner import Learner
     from fastai.optimizer import OptimWrapper
 
 # %% auto #0
-__all__ = ['HISTORY', 'sum_cross_entropy', 'TaskBatches', 'on_device', 'SeedEpochs', 'TaskSwitch', 'InverseTimeDecay',
+__all__ = ['HISTORY', 'SPLITS', 'sum_cross_entropy', 'TaskBatches', 'on_device', 'SeedEpochs', 'TaskSwitch', 'InverseTimeDecay',
            'lifelong_schedule', 'multitask_schedule', 'score', 'Evaluate', 'TaskLearner', 'task_learner',
            'lifelong_learner', 'train', 'Audit']
 
@@ -217,6 +217,7 @@ HISTORY = {  # columns of the table of scores
     "loss": "float64",  # mean cross-entropy per image
     "seconds": "float64",  # that training or scoring took
 }
+SPLITS = ("train", "valid", "test")
 
 
 class Evaluate(Callback):
@@ -231,18 +232,30 @@ class Evaluate(Callback):
         together: bool = False,  # score all tasks every `eval_every` epochs, and none in between
     ):
         self.eval_tasks, self.eval_every, self.together = tasks, eval_every, together
-        self.rows: list[tuple] = []
+        self.scores: list[tuple] = []
         self.learned: set[int] = set()
         self.latest: dict[tuple[int, str], tuple[float, float]] = {}  # by task and split
 
     @property
     def history(self) -> pd.DataFrame:
         "The scores so far, with the columns of `HISTORY`."
-        return pd.DataFrame(self.rows, columns=list(HISTORY)).astype(HISTORY)
+        return pd.DataFrame(self.scores, columns=list(HISTORY)).astype(HISTORY)
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        "The history, a tensor for each column."
+        numbers = self.history.assign(split=self.history.split.map(SPLITS.index).astype("int64"))
+        return {k: torch.from_numpy(numbers[k].to_numpy(copy=True)) for k in HISTORY}
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]):
+        "Take up a history; scores that stand for unchanged tasks are computed once more."
+        columns = {k: state[k].tolist() for k in HISTORY}
+        columns["split"] = [SPLITS[i] for i in columns["split"]]
+        self.scores = list(zip(*columns.values()))
+        self.learned = {task for task, split in zip(columns["trained"], columns["split"]) if split == "train"}
 
     def add(self, epoch: int, task_epoch: int, *score):
         "Append a row: when, the task in hand, and (evaluated, split, accuracy, loss, seconds)."
-        self.rows.append((epoch, task_epoch, self.learn.task, *score))
+        self.scores.append((epoch, task_epoch, self.learn.task, *score))
 
     def evaluate(self, epoch: int, task_epoch: int, evaluated: Sequence[int]):
         "Score `evaluated` tasks on their validation and test sets."
@@ -279,21 +292,27 @@ class Evaluate(Callback):
 
     def before_train(self):
         self.start, self.seen = time.perf_counter(), 0
-        self.total = torch.zeros(2, device=self.eval_tasks[0].train.x.device)
+        self.correct = torch.zeros((), device=self.eval_tasks[0].train.x.device)
+        self.losses = []
 
     def after_loss(self):
         if self.training:
             (y,) = self.yb
             self.seen += len(y)
-            self.total += torch.stack([(self.pred.detach().argmax(1) == y).sum(), self.loss.detach()])
+            self.correct += (self.pred.detach().argmax(1) == y).sum()
+            self.losses.append(self.loss.detach())
 
     def after_train(self):
-        correct, loss = self.total.tolist()  # waits for the device, so the time is the work's
+        correct, *losses = torch.stack([self.correct, *self.losses]).tolist()  # waits for the device
         took = time.perf_counter() - self.start
-        if not loss < float("inf"):
-            where = f"task {self.learn.task + 1} is {loss} in epoch {self.epoch + 1} of the run"
-            raise FloatingPointError(f"The training loss of {where}.")
-        means = correct / self.seen, loss / self.seen
+        for batch, loss in enumerate(losses):
+            if not loss < float("inf"):
+                raise FloatingPointError(
+                    f"The training loss is {loss} in batch {batch + 1} of epoch {self.task_epoch + 1} of task"
+                    f" {self.learn.task + 1} (epoch {self.epoch + 1} of the run). The learning rate was"
+                    f" {self.opt.hypers[-1]['lr']:g}; a smaller one may help."
+                )
+        means = correct / self.seen, sum(losses) / self.seen
         self.add(self.epoch + 1, self.task_epoch + 1, self.learn.task, "train", *means, took)
 
     def before_validate(self):
@@ -311,7 +330,14 @@ class Evaluate(Callback):
 
 # %% ../nbs/21_learner.ipynb #dc31ab6d
 class TaskLearner(Learner):
-    "A fastai Learner that calls, for each event, the callbacks that define it."
+    "A fastai Learner that calls, for each event, the callbacks that define it, and may begin at a later epoch."
+
+    start_epoch = 0  # set by `restore`
+
+    def _do_fit(self):
+        for epoch in range(self.start_epoch, self.n_epoch):
+            self.epoch = epoch
+            self._with_events(self._do_epoch, "epoch", CancelEpochException)
 
     def _call_one(self, event_name: str):
         for cb in self.cbs.sorted("order"):
@@ -406,12 +432,16 @@ class Audit(Callback):
         self.last: dict[str, torch.Tensor] = {}  # the state at the end of the phase before
         self.last_task = None
 
+    def tensors(self) -> dict[str, torch.Tensor]:
+        "Parameters and buffers by name."
+        return {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
+
     def refuse(self, what: str, names: Iterable[str]):
         raise AssertionError(f"Task {self.learn.task + 1} {what} {sorted(names)} against the contract.")
 
     def before_phase(self):
         task = self.learn.task
-        self.before = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
+        self.before = {k: v.detach().clone() for k, v in self.tensors().items()}
         foreign = lambda k: k.startswith("tasks.") and not k.startswith(f"tasks.{task}.")
         still = {k for k in self.last if task != self.last_task or foreign(k)} - {"n_tasks", "stamps"}
         between = {k for k in still if k not in self.before or not torch.equal(self.last[k], self.before[k])}
@@ -430,7 +460,7 @@ class Audit(Callback):
         self.steps += 1
 
     def after_phase(self):
-        after = self.model.state_dict()
+        after = self.tensors()
         self.last, self.last_task = {k: v.detach().clone() for k, v in after.items()}, self.learn.task
         moved = {k: v != after[k] for k, v in self.before.items()}
         changed = {k for k, m in moved.items() if m.any()}

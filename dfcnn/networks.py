@@ -19,8 +19,8 @@ from .core import BadInput, check_choice, stream
 
 # %% auto #0
 __all__ = ['ARCHITECTURES', 'METHODS', 'Architecture', 'max_pool_same', 'conv_block', 'weight', 'bias', 'Convolutions', 'Head',
-           'Parts', 'LifelongNetwork', 'Method', 'checksum_of', 'register', 'build_network', 'build_shapes', 'title_of',
-           'count_parameters']
+           'Parts', 'LifelongNetwork', 'Method', 'checksum_of', 'register', 'build_network', 'build_shapes',
+           'can_build', 'title_of', 'count_parameters']
 
 # %% ../nbs/10_networks.ipynb #856722b1
 @dataclass(frozen=True)
@@ -34,6 +34,7 @@ class Architecture:
     pools: tuple[int, ...]  # max-pooling after each conv layer; 0 for none
     hidden: tuple[int, ...]  # hidden fully connected layers
     outputs: int  # classes of a task
+    dropout: float = 0.5  # share of the flattened features that is left out in training
 
     @property
     def conv_shapes(self) -> list[tuple[int, int, int]]:
@@ -124,12 +125,12 @@ class Convolutions(nn.Module):
 
 
 class Head(nn.Module):
-    "Flatten, dropout (keep 0.5, the only one), fully connected layers with ReLU, linear output."
+    "Flatten, dropout (the only one), fully connected layers with ReLU, linear output."
 
     def __init__(self, arch: Architecture, generator: torch.Generator):
         super().__init__()
         sizes = (arch.features, *arch.hidden, arch.outputs)
-        self.dropout = nn.Dropout(0.5)
+        self.dropout = nn.Dropout(arch.dropout)
         self.W = nn.ParameterList(weight((n, m), generator) for m, n in zip(sizes, sizes[1:]))
         self.b = nn.ParameterList(bias(n) for n in sizes[1:])
 
@@ -292,6 +293,15 @@ def build_shapes(method: str, architecture: str, n_tasks: int = 0) -> LifelongNe
         raise
     except Exception:  # a method that looks at its values when it is built
         return build_network(method, architecture, n_tasks=n_tasks)
+
+
+def can_build(method: str, architecture: str) -> bool:
+    "Is there a network of this method for this architecture?"
+    try:
+        build_shapes(method, architecture)
+    except BadInput:
+        return False
+    return True
 
 
 def title_of(method: str) -> str:
