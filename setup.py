@@ -24,6 +24,7 @@ setup(
     install_requires=cfg["requirements"].split(),
     extras_require={
         "dev": cfg["dev_requirements"].split(),
+        "dask": cfg["dask_requirements"].split(),
         "huggingface_hub": cfg["huggingface_hub_requirements"].split(),
     },
 )

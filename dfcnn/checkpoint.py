@@ -35,8 +35,13 @@ def checksum(tensors: dict[str, torch.Tensor], about: dict[str, str]) -> str:
 def save_tensors(tensors: dict[str, torch.Tensor], path: str | Path, **about: str) -> None:
     "Write named tensors, with short texts about them, to a safetensors file, whole or not at all."
     apart = {k: t.detach().cpu().clone(memory_format=torch.contiguous_format) for k, t in tensors.items()}
-    with writing(path) as part:
-        save_file(apart, part, {**about, "sha256": checksum(apart, about)})
+    try:
+        with writing(path) as part:
+            save_file(apart, part, {**about, "sha256": checksum(apart, about)})
+    except (SafetensorError, OSError) as e:
+        raise OSError(
+            f"'{path}' could not be written ({e}). Is the disk full? What was there before is as it was."
+        ) from e
 
 
 def load_tensors(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
@@ -141,4 +146,4 @@ class Checkpoint(Callback):
     def remove(self):
         "Delete what is no longer needed."
         for path in self.paths:
-            path.unlink(missing_ok=True)
+            path.unlink(missing_ok=True)  # missing: a short run has one

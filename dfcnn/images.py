@@ -229,7 +229,7 @@ def decode(
             im = im.convert("RGB" if channels == 3 else "L")
     except Exception as e:  # Pillow raises many kinds, depending on what is broken
         raise BadInput(
-            f"Image '{path}' cannot be read ({e}). Replace it or take it out of the folder."
+            f"Image '{path}' cannot be read ({type(e).__name__}). Replace it or take it out of the folder."
         ) from e
     if im.size != (size, size):
         if not resize:

@@ -291,19 +291,24 @@ class Study:
         }
         left, results, deaths = list(self.configs), {}, 0
         with Watch(titles, self.output_dir) as watch:
+
+            def finish(c: RunConfig, result: Record | Failure):
+                results[c] = result
+                left.remove(c)
+                watch.finish(c, f"failed. {result.error}" if isinstance(result, Failure) else "")
+
             while left:
+                alone = deaths == 2  # to find out whose fault it is
                 try:
-                    for c, result in self.side_by_side(left):
-                        results[c], deaths = result, 0
-                        left.remove(c)
-                        watch.finish(c, f"failed. {result.error}" if isinstance(result, Failure) else "")
+                    for c, result in self.side_by_side(left[:1] if alone else left, alone):
+                        finish(c, result)
                 except WorkerDied as e:
-                    deaths += 1
-                    if deaths == 3:
-                        died = f"{e}. Was it killed, or was there too little memory? Fewer workers need less."
-                        results.update((c, Failure(c, died)) for c in left)
-                        break
-                    print(f"{e}. Its runs go on from their checkpoints.", flush=True)
+                    if alone:
+                        died = f"{e}, three times. Was it killed, or is there too little memory?"
+                        finish(left[0], Failure(left[0], died))
+                    else:
+                        print(f"{e}. Its runs go on from their checkpoints.", flush=True)
+                    deaths = 0 if alone else deaths + 1
         failures = [r for r in results.values() if isinstance(r, Failure)]
         if failures:
             lines = [f"{titles[f.config]}: {f.error}" for f in failures]
@@ -314,9 +319,12 @@ class Study:
             )
         return [results[c] for c in self.configs]
 
-    def side_by_side(self, configs: list[RunConfig]) -> Iterator[tuple[RunConfig, Record | Failure]]:
-        "Results of runs as they come."
-        here = self.scheduler is None and min(self.workers, len(configs)) == 1
+    def side_by_side(
+        self, configs: list[RunConfig], apart: bool = False
+    ) -> Iterator[tuple[RunConfig, Record | Failure]]:
+        "Results of runs as they come; a single run is carried out in this process, or else `apart` from it."
+        workers = max(min(self.workers, len(configs)), 1 + apart)
+        here = self.scheduler is None and workers == 1
         common = dict(
             data_dir=self.data_dir,
             output_dir=str(self.output_dir),
@@ -330,7 +338,7 @@ class Study:
             )
             for c in configs
         ]
-        engine = dict(backend="dask") if self.scheduler else dict(n_jobs=min(self.workers, len(configs)))
+        engine = dict(backend="dask") if self.scheduler else dict(n_jobs=workers)
         with cluster(self.scheduler) if self.scheduler else nullcontext(), joblib.parallel_config(**engine):
             results = joblib.Parallel(return_as="generator_unordered", batch_size=1)(calls)
             while True:
