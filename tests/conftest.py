@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported, and for the programs that tests start
+os.environ["LOKY_MAX_CPU_COUNT"] = "1"  # the tests go side by side already: studies start no workers unless they are told to
 
 import pytest
 from PIL import Image

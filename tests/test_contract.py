@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-import dfcnn.runs  # lists all methods
+import dfcnn.studies  # lists all methods
 from dfcnn.core import BadInput
 from dfcnn.expandable import DEN, Growth
 from dfcnn.learner import Audit, Callback, lifelong_learner, multitask_schedule, score, task_learner, train
@@ -148,7 +148,7 @@ def test_no_parameter_is_random_state_of_the_caller(method):
 
 
 def test_a_diverging_loss_stops_the_run():
-    with pytest.raises(FloatingPointError, match="task 1 is nan in epoch"):
+    with pytest.raises(FloatingPointError, match="loss is nan in batch 2 of epoch 1 of task 1"):
         train(learner("STL", lr=1e18))
 
 
@@ -189,7 +189,7 @@ def test_a_task_that_comes_again_finds_its_optimizer_state():
 
 
 def test_all_methods_of_a_trial_see_the_same_draws(tmp_path):
-    config = dfcnn.runs.multitask_study(methods="STL HPS", trials=2, epochs=50, output_dir=str(tmp_path)).configs
+    config = dfcnn.studies.multitask_study(methods="STL HPS", trials=2, epochs=50, output_dir=str(tmp_path)).configs
     draws = {(c.method, c.trial): tuple(c.task_of_epoch) for c in config}
     assert draws["STL", 0] == draws["HPS", 0] != draws["STL", 1]
     assert set(multitask_schedule(5, 500)) == set(range(5))
