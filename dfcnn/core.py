@@ -84,8 +84,9 @@ def seeded(seed: int, *names: Any):
 # %% ../nbs/00_core.ipynb #007940bb
 def pick_device(
     name: str = "auto",  # "auto", "cpu", "cuda", "cuda:1", "mps"
+    tf32: bool = False,  # let a GPU multiply with 10 bits of mantissa where it is faster
 ) -> torch.device:
-    "The device that `name` asks for, checked to be there; float32 stays float32 on it."
+    "The device that `name` asks for, checked to be there; float32 stays float32 on it, unless `tf32` says otherwise."
     has_mps = torch.backends.mps.is_available()
     there = ["auto", "cpu"] + (["cuda"] if torch.cuda.is_available() else []) + (["mps"] if has_mps else [])
     there += [f"cuda:{i}" for i in range(torch.cuda.device_count())]
@@ -93,7 +94,7 @@ def pick_device(
         raise BadInput(f"Device '{name}' is not available on this machine. Choose from: {', '.join(there)}.")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu"
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
     return torch.device(name)
 
 # %% ../nbs/00_core.ipynb #dfd9ddf4

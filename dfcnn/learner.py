@@ -64,13 +64,17 @@ class TaskBatches:
         n = len(self.data.y)
         return n // self.batch_size if self.generator else -(-n // self.batch_size)
 
-    def __iter__(self) -> Iterator[tuple[torch.Tensor, int, torch.Tensor]]:
-        (x, y), n = self.data, len(self.data.y)
+    def order(self) -> torch.Tensor:  # int64
+        "Images of the coming epoch, batch after batch."
+        n = len(self.data.y)
         if self.generator is None:
-            order = torch.arange(n, device=y.device)
-        else:
-            order = torch.randperm(n, generator=self.generator)[: len(self) * self.batch_size].to(y.device)
-        for batch in order.split(self.batch_size):
+            return torch.arange(n, device=self.data.y.device)
+        drawn = torch.randperm(n, generator=self.generator)[: len(self) * self.batch_size]
+        return drawn.to(self.data.y.device)
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, int, torch.Tensor]]:
+        x, y = self.data
+        for batch in self.order().split(self.batch_size):
             yield x[batch], self.task, y[batch]
 
 
@@ -88,9 +92,14 @@ class SeedEpochs(Callback):
     def __init__(self, seed: int):
         self.seed = seed
 
+    @property
+    def dropout(self) -> int:
+        "Seed of this epoch's dropout."
+        return stream_seed(self.seed, "dropout", self.epoch)
+
     def before_epoch(self):
         self.dls.train.generator = stream(self.seed, "batches", self.epoch)
-        torch.manual_seed(stream_seed(self.seed, "dropout", self.epoch))
+        torch.manual_seed(self.dropout)
 
 # %% ../nbs/21_learner.ipynb #6fb5da4f
 class TaskSwitch(Callback):

@@ -18,8 +18,8 @@ from torch import nn
 from .core import BadInput, check_choice, stream
 
 # %% auto #0
-__all__ = ['ARCHITECTURES', 'METHODS', 'Architecture', 'max_pool_same', 'conv_block', 'weight', 'bias', 'Convolutions', 'Head',
-           'Parts', 'LifelongNetwork', 'Method', 'checksum_of', 'register', 'build_network', 'build_shapes',
+__all__ = ['ARCHITECTURES', 'METHODS', 'Architecture', 'max_pool_same', 'conv_block', 'weight', 'bias', 'Convolutions', 'Dropout',
+           'Head', 'Parts', 'LifelongNetwork', 'Method', 'checksum_of', 'register', 'build_network', 'build_shapes',
            'can_build', 'title_of', 'count_parameters']
 
 # %% ../nbs/10_networks.ipynb #856722b1
@@ -124,13 +124,27 @@ class Convolutions(nn.Module):
         return list(zip(self.W, self.b))
 
 
+class Dropout(nn.Module):
+    "Dropout by a mask that is drawn from torch's global generator, or was laid down before."
+
+    def __init__(self, p: float):  # share of the values that is left out
+        super().__init__()
+        self.p, self.kept = p, None  # True where the next batch's values are kept, in the shape of the batch
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.training or self.p == 0:
+            return x
+        kept = torch.rand_like(x) >= self.p if self.kept is None else self.kept
+        return x * kept / (1 - self.p)
+
+
 class Head(nn.Module):
     "Flatten, dropout (the only one), fully connected layers with ReLU, linear output."
 
     def __init__(self, arch: Architecture, generator: torch.Generator):
         super().__init__()
         sizes = (arch.features, *arch.hidden, arch.outputs)
-        self.dropout = nn.Dropout(arch.dropout)
+        self.dropout = Dropout(arch.dropout)
         self.W = nn.ParameterList(weight((n, m), generator) for m, n in zip(sizes, sizes[1:]))
         self.b = nn.ParameterList(bias(n) for n in sizes[1:])
 

@@ -11,9 +11,31 @@ import torch
 from torch.optim import Optimizer
 
 # %% auto #0
-__all__ = ['RMSProp', 'inverse_time_decay']
+__all__ = ['rmsprop_', 'RMSProp', 'inverse_time_decay']
 
-# %% ../nbs/20_optimizer.ipynb #d2da6196
+# %% ../nbs/20_optimizer.ipynb #dba3f55a
+@torch.no_grad()
+def rmsprop_(
+    params: list[torch.Tensor],  # changed in place
+    grads: list[torch.Tensor],
+    mean_squares: list[torch.Tensor],  # changed in place
+    lr: float | torch.Tensor,  # learning rate λ; a tensor where the step is captured and replayed
+    decay: float = 0.9,  # of the mean square
+    eps: float = 1e-10,  # inside the root
+) -> None:
+    "One update of every parameter."
+    torch._foreach_mul_(mean_squares, decay)
+    torch._foreach_addcmul_(mean_squares, grads, grads, 1 - decay)
+    roots = torch._foreach_add(mean_squares, eps)
+    torch._foreach_sqrt_(roots)
+    if isinstance(lr, torch.Tensor):
+        steps = torch._foreach_div(grads, roots)
+        torch._foreach_mul_(steps, -lr)
+        torch._foreach_add_(params, steps)
+    else:
+        torch._foreach_addcdiv_(params, grads, roots, -lr)
+
+
 class RMSProp(Optimizer):
     "RMSProp by TensorFlow 1's rule; its state is one mean square per parameter, starting at 1."
 
@@ -26,22 +48,19 @@ class RMSProp(Optimizer):
     ):
         super().__init__(params, dict(lr=lr, decay=decay, eps=eps))
 
-    @torch.no_grad()
+    def mean_square(self, p: torch.nn.Parameter) -> torch.Tensor:
+        "The mean square of a parameter, one where there was no step yet."
+        if not self.state[p]:
+            self.state[p]["mean_square"] = torch.ones_like(p)
+        return self.state[p]["mean_square"]
+
     def step(self, closure=None) -> None:
         "One update of every parameter that has a gradient."
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
-            if not params:
-                continue
-            for p in params:
-                if not self.state[p]:
-                    self.state[p]["mean_square"] = torch.ones_like(p)
-            grads, mean_squares = [p.grad for p in params], [self.state[p]["mean_square"] for p in params]
-            torch._foreach_mul_(mean_squares, group["decay"])
-            torch._foreach_addcmul_(mean_squares, grads, grads, 1 - group["decay"])
-            roots = torch._foreach_add(mean_squares, group["eps"])
-            torch._foreach_sqrt_(roots)
-            torch._foreach_addcdiv_(params, grads, roots, -group["lr"])
+            if params:
+                grads, mean_squares = [p.grad for p in params], [self.mean_square(p) for p in params]
+                rmsprop_(params, grads, mean_squares, group["lr"], group["decay"], group["eps"])
 
 # %% ../nbs/20_optimizer.ipynb #5e8c918c
 def inverse_time_decay(

@@ -10,12 +10,12 @@ import inspect
 import json
 import platform
 import subprocess
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, is_dataclass
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Sequence
 
 import pandas as pd
 import torch
@@ -29,16 +29,17 @@ import dfcnn.dfcnn  # lists DF-CNN and its ablations
 from .checkpoint import Checkpoint, load_tensors, save_tensors
 from .core import BadInput, stream_seed, write_text, writing
 from .images import Images
-from .learner import HISTORY, Callback, lifelong_schedule, multitask_schedule, task_learner, train
+from .learner import HISTORY, Callback, TaskLearner, lifelong_schedule, multitask_schedule, task_learner
 from .metrics import seconds, summarize, summarize_together
 from .networks import METHODS, LifelongNetwork, Method, build_network, count_parameters
 from .optimizer import RMSProp
+from .stacking import train_together
 from .tasks import DATASETS, task_sequence
 
 # %% auto #0
 __all__ = ['TRAINING', 'PACKAGE', 'SAME', 'Training', 'RunConfig', 'Record', 'write_history', 'load_record', 'load_records',
            'code_checksum', 'git_revision', 'made_with', 'differences', 'alone_in', 'agreeing', 'KeepHistory',
-           'using_threads', 'settings', 'run', 'load_network']
+           'using_threads', 'settings', 'Attempt', 'run_together', 'run', 'load_network']
 
 # %% ../nbs/31_runs.ipynb #4179c9f7
 @dataclass(frozen=True)
@@ -188,6 +189,7 @@ def made_with(images: Images, device: torch.device, method: Method) -> dict[str,
         torch=torch.__version__,
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         threads=torch.get_num_threads(),
+        tf32=device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32,
         dfcnn=dfcnn.__version__,
         git=git_revision(),
         **{name: version(name) for name in ("torchvision", "fastai", "numpy", "safetensors")},
@@ -197,7 +199,7 @@ def made_with(images: Images, device: torch.device, method: Method) -> dict[str,
     )
 
 
-SAME = ("data", "code", "torch", "device", "threads")  # what must agree before a record is used again
+SAME = ("data", "code", "torch", "device", "threads", "tf32")  # what must agree before a record is used again
 
 # %% ../nbs/31_runs.ipynb #4aab9037
 def differences(there: dict, here: dict) -> str:
@@ -284,72 +286,115 @@ def settings(network: LifelongNetwork) -> dict[str, Any]:
     return dict(**sizes, RMSProp={k: p.default for k, p in given if p.default is not p.empty})
 
 
+class Attempt:
+    "A run that is being carried out: its record's folder, its networks, and what is left to train."
+
+    def __init__(
+        self,
+        config: RunConfig,
+        images: Images,
+        folder: Path,
+        device: torch.device,
+        cbs: Sequence[Callback],
+        checkpoint_every: float,
+    ):
+        self.config, self.folder, self.cbs, self.every = config, folder, list(cbs), checkpoint_every
+        about = made_with(images, device, METHODS[config.method])
+        known = agreeing(folder, config, about)
+        self.complete = known and (folder / "summary.json").exists()
+        if self.complete:
+            return
+        trial = ("trial", config.trial)
+        self.tasks = task_sequence(
+            config.dataset, images, n_tasks=config.tasks, trial=config.trial, seed=config.seed
+        )
+        architecture, init = DATASETS[config.dataset].architecture, stream_seed(config.seed, *trial, "init")
+        self.network = build_network(config.method, architecture, init, length=config.tasks)
+        start = self.network.starts_from
+        self.first = start and start(self.network.arch, init, config.tasks)
+        if not known:
+            about["tasks"] = [t.name for t in self.tasks]
+            content = dict(config=asdict(config), settings=settings(self.network), made_with=about)
+            write_text(folder / "config.json", json.dumps(content, indent=1))
+        self.hyper = dict(
+            schedule=config.task_of_epoch,
+            together=config.together,
+            lr=config.lr,
+            decay=config.decay,
+            batch_size=config.batch_size,
+            seed=stream_seed(config.seed, *trial, "training"),
+            device=device,
+        )
+        self.keeps, self.before = [], 0.0
+
+    def pretraining(self) -> TaskLearner:
+        "The Learner of the networks of another method, from which this one's start."
+        self.keeps.append(Checkpoint(self.folder / "pretraining.safetensors", self.every))
+        cbs = [self.keeps[-1], *self.cbs]
+        return task_learner(self.first, self.tasks, **self.hyper, eval_every=None, cbs=cbs)
+
+    def training(self) -> TaskLearner:
+        "The Learner of the run."
+        self.keeps.append(KeepHistory(self.folder / "checkpoint.safetensors", self.every))
+        cbs = [self.keeps[-1], *self.cbs]
+        return task_learner(
+            self.network, self.tasks, **self.hyper, eval_every=self.config.eval_every, cbs=cbs
+        )
+
+    def finish(self, history: pd.DataFrame) -> None:
+        "Complete the record."
+        figures = summarize_together if self.config.together else summarize
+        summary = dict(parameters=count_parameters(self.network), **figures(history))
+        summary["pretraining_seconds"] = self.before
+        without_nan = {k: None if v != v else v for k, v in summary.items()}  # JSON has no NaN
+        write_history(history, self.folder / "history.csv")
+        save_tensors(self.network.state_dict(), self.folder / "network.safetensors")
+        write_text(self.folder / "summary.json", json.dumps(without_nan, indent=1))
+        for keep in self.keeps:
+            keep.remove()
+        (self.folder / "error.txt").unlink(missing_ok=True)
+
+
+def run_together(
+    configs: Sequence[RunConfig],  # trials of one method
+    images: Images,  # of the configurations' data set
+    output_dir: str | Path,  # each record goes into a folder of its own in here
+    device: torch.device | str = "cpu",
+    cbs: Sequence[Sequence[Callback]] | None = None,  # more callbacks for each run, such as a progress bar
+    threads: int = 1,  # of torch on a CPU; the last digits depend on it
+    checkpoint_every: float = 120.0,  # seconds
+) -> list[Record]:
+    "Train and evaluate the trials of a method as one (see `23_stacking`), and leave a record of each, as `run` does."
+    folders = [Path(output_dir) / c.name for c in configs]
+    with ExitStack() as stack:
+        for folder in folders:
+            stack.enter_context(alone_in(folder))
+        stack.enter_context(using_threads(threads))
+        attempts = [
+            Attempt(c, images, folder, torch.device(device), own, checkpoint_every)
+            for c, folder, own in zip(configs, folders, cbs or [()] * len(configs))
+        ]
+        left = [a for a in attempts if not a.complete]
+        starting = [a for a in left if a.first]
+        for a, history in zip(starting, train_together([a.pretraining() for a in starting])):
+            a.before = seconds(history).training
+            a.network.start_from(a.first)
+        for a, history in zip(left, train_together([a.training() for a in left])):
+            a.finish(history)
+        return [load_record(folder) for folder in folders]
+
+
 def run(
     config: RunConfig,
     images: Images,  # of the configuration's data set
     output_dir: str | Path,  # the record goes into a folder of its own in here
     device: torch.device | str = "cpu",
-    cbs: list[Callback] | None = None,  # more callbacks, such as a progress bar
+    cbs: Sequence[Callback] = (),  # more callbacks, such as a progress bar
     threads: int = 1,  # of torch on a CPU; the last digits depend on it
     checkpoint_every: float = 120.0,  # seconds
 ) -> Record:
     "Train and evaluate one method on one trial, and leave a record; use a complete one again, go on with one that is not."
-    folder = Path(output_dir) / config.name
-    with alone_in(folder), using_threads(threads):
-        return _run(config, images, folder, torch.device(device), list(cbs or []), checkpoint_every)
-
-
-def _run(
-    config: RunConfig,
-    images: Images,
-    folder: Path,
-    device: torch.device,
-    cbs: list[Callback],
-    checkpoint_every: float,
-) -> Record:
-    about = made_with(images, device, METHODS[config.method])
-    known = agreeing(folder, config, about)
-    if known and (folder / "summary.json").exists():
-        return load_record(folder)
-
-    trial = ("trial", config.trial)
-    tasks = task_sequence(config.dataset, images, n_tasks=config.tasks, trial=config.trial, seed=config.seed)
-    architecture, init = DATASETS[config.dataset].architecture, stream_seed(config.seed, *trial, "init")
-    network = build_network(config.method, architecture, init, length=config.tasks)
-    if not known:
-        about["tasks"] = [t.name for t in tasks]
-        content = dict(config=asdict(config), settings=settings(network), made_with=about)
-        write_text(folder / "config.json", json.dumps(content, indent=1))
-    hyper = dict(
-        schedule=config.task_of_epoch,
-        together=config.together,
-        lr=config.lr,
-        decay=config.decay,
-        batch_size=config.batch_size,
-        seed=stream_seed(config.seed, *trial, "training"),
-        device=device,
-    )
-    before, keeps = 0.0, []
-    if network.starts_from:  # train the networks of another method first, in the same way
-        first = network.starts_from(network.arch, init, config.tasks)
-        keeps.append(Checkpoint(folder / "pretraining.safetensors", checkpoint_every))
-        learn = task_learner(first, tasks, **hyper, eval_every=None, cbs=[keeps[-1], *cbs])
-        before = seconds(train(learn)).training
-        network.start_from(first)
-    keeps.append(KeepHistory(folder / "checkpoint.safetensors", checkpoint_every))
-    learn = task_learner(network, tasks, **hyper, eval_every=config.eval_every, cbs=[keeps[-1], *cbs])
-    history = train(learn)
-    figures = summarize_together if config.together else summarize
-    summary = dict(parameters=count_parameters(network), **figures(history))
-    summary["pretraining_seconds"] = before
-    without_nan = {k: None if v != v else v for k, v in summary.items()}  # JSON has no NaN
-    write_history(history, folder / "history.csv")
-    save_tensors(network.state_dict(), folder / "network.safetensors")
-    write_text(folder / "summary.json", json.dumps(without_nan, indent=1))
-    for keep in keeps:
-        keep.remove()
-    (folder / "error.txt").unlink(missing_ok=True)
-    return load_record(folder)
+    return run_together([config], images, output_dir, device, [cbs], threads, checkpoint_every)[0]
 
 
 def load_network(

@@ -14,9 +14,10 @@ import traceback
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from itertools import groupby
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Callable, Iterator
+from typing import Any, Callable, Iterator, Sequence
 
 import joblib
 import torch
@@ -28,7 +29,7 @@ from .images import Images
 from .learner import Callback
 from .multitask import COUNTS, MultiTask, multitask_dataset
 from .networks import METHODS, Method, build_shapes, can_build, count_parameters
-from .runs import PACKAGE, TRAINING, Record, RunConfig, load_record, run
+from .runs import PACKAGE, TRAINING, Record, RunConfig, run_together
 from .tasks import DATASETS, DataSet, Task, task_sequence
 
 # %% auto #0
@@ -50,32 +51,40 @@ def _images(dataset: str, data_dir: str | None) -> Images:
 
 
 def carry_out(
-    config: RunConfig,
+    configs: Sequence[RunConfig],  # one, or the trials of a method that are trained as one
     method: Method,  # with its network, where it is listed in the asking process alone
     images: Images | None,  # None: looked up in this process
     data: str,  # fingerprint that the images must have
     code: str,  # checksum that the package must have
-    study: dict[str, Any],  # data_dir, output_dir, device, threads
-) -> Record | Failure:
-    "Carry out a run in this process, whatever happens."
-    folder = Path(study["output_dir"]) / config.name
+    study: dict[str, Any],  # data_dir, output_dir, device, tf32, threads
+) -> list[tuple[RunConfig, Record | Failure]]:
+    "Carry out runs in this process, whatever happens."
+    folders = [Path(study["output_dir"]) / c.name for c in configs]
     METHODS[method.name] = method
     try:
         if code != PACKAGE:
             raise BadInput("This worker imports another version of dfcnn than the process that sent the run.")
-        images = images or _images(config.dataset, study["data_dir"])
+        images = images or _images(configs[0].dataset, study["data_dir"])
         if images.fingerprint != data:
             raise BadInput(
                 "The images that this worker found are not those of the process that sent the run."
             )
-        cbs = [ReportProgress(folder / "progress.json")]
-        return run(config, images, study["output_dir"], pick_device(study["device"]), cbs, study["threads"])
+        device, cbs = pick_device(study["device"], study["tf32"]), [
+            [ReportProgress(f / "progress.json")] for f in folders
+        ]
+        records = run_together(configs, images, study["output_dir"], device, cbs, study["threads"])
+        return list(zip(configs, records))
     except Exception as e:
+        if (
+            len(configs) > 1
+        ):  # each by itself, from its last checkpoint, so that only one that fails alone has failed
+            return [r for c in configs for r in carry_out([c], method, images, data, code, study)]
         try:
-            write_text(folder / "error.txt", traceback.format_exc())
+            write_text(folders[0] / "error.txt", traceback.format_exc())
         except OSError:  # the disk is full, say
             pass
-        return Failure(config, str(e).rpartition("\n\t")[2] or type(e).__name__)  # fastai puts more before it
+        error = str(e).rpartition("\n\t")[2] or type(e).__name__  # fastai puts more before it
+        return [(configs[0], Failure(configs[0], error))]
 
 # %% ../nbs/32_studies.ipynb #dce65704
 class ReportProgress(Callback):
@@ -230,6 +239,8 @@ class Study:
     workers: int = 1  # runs side by side
     threads: int = 1  # of each run
     scheduler: str | None = None  # address of a dask scheduler; None: worker processes on this machine
+    stack: bool = False  # train the trials of a method as one?
+    tf32: bool = False  # on a GPU
 
     @property
     def dataset(self) -> DataSet:
@@ -323,20 +334,22 @@ class Study:
         self, configs: list[RunConfig], apart: bool = False
     ) -> Iterator[tuple[RunConfig, Record | Failure]]:
         "Results of runs as they come; a single run is carried out in this process, or else `apart` from it."
-        workers = max(min(self.workers, len(configs)), 1 + apart)
+        groups = [[c] for c in configs]
+        if self.stack:
+            alike = lambda c: (c.method, c.dataset)
+            groups = [list(group) for _, group in groupby(sorted(configs, key=alike), key=alike)]
+        workers = max(min(self.workers, len(groups)), 1 + apart)
         here = self.scheduler is None and workers == 1
         common = dict(
             data_dir=self.data_dir,
             output_dir=str(self.output_dir),
             device=str(self.device),
+            tf32=self.tf32,
             threads=self.threads,
         )
-        call = joblib.delayed(_carry_out)
+        call, images = joblib.delayed(carry_out), self.images if here else None
         calls = [
-            call(
-                c, METHODS[c.method], self.images if here else None, self.images.fingerprint, PACKAGE, common
-            )
-            for c in configs
+            call(g, METHODS[g[0].method], images, self.images.fingerprint, PACKAGE, common) for g in groups
         ]
         engine = dict(backend="dask") if self.scheduler else dict(n_jobs=workers)
         with cluster(self.scheduler) if self.scheduler else nullcontext(), joblib.parallel_config(**engine):
@@ -348,11 +361,7 @@ class Study:
                     return
                 except Exception as e:  # what goes wrong in a run is its result, so this is the engine's
                     raise WorkerDied(f"A worker process died ({type(e).__name__})") from e
-                yield result
-
-
-def _carry_out(config: RunConfig, *args) -> tuple[RunConfig, Record | Failure]:
-    return config, carry_out(config, *args)
+                yield from result
 
 
 def pick_methods(methods: str | list[str], architecture: str, together: bool = False) -> list[str]:
@@ -395,13 +404,17 @@ def lifelong_study(
     workers: int | None = None,  # runs side by side; None: one for each core, and one on a GPU
     threads: int = 1,  # of each run, on a CPU
     scheduler: str | None = None,  # address of a dask scheduler, whose workers carry out the runs
+    stack: bool | None = None,  # train the trials of a method as one? None: on a GPU
+    tf32: bool = False,  # let a GPU multiply with less precision where it is faster
 ) -> Study:
     "Check everything, load the images, and list the runs: every method on the same trials."
     dataset = DATASETS[check_choice("data set", dataset, [d for d in DATASETS if not _is_multitask(d)])]
     epochs = dataset.look if epochs is None else check_number("epochs", epochs, 1)
     eval_every = scoring_interval(epochs) if eval_every is None else check_number("eval_every", eval_every, 1)
     common = dict(methods=methods, trials=trials, seed=seed, data_dir=data_dir, output_dir=output_dir)
-    engine = dict(device=device, workers=workers, threads=threads, scheduler=scheduler)
+    engine = dict(
+        device=device, workers=workers, threads=threads, scheduler=scheduler, stack=stack, tf32=tf32
+    )
     return _study([dataset], dataset.name, "lifelong", epochs, eval_every, tasks, **common, **engine)
 
 
@@ -421,6 +434,8 @@ def multitask_study(
     workers: int | None = None,  # runs side by side; None: one for each core, and one on a GPU
     threads: int = 1,  # of each run, on a CPU
     scheduler: str | None = None,  # address of a dask scheduler, whose workers carry out the runs
+    stack: bool | None = None,  # train the trials of a method as one? None: on a GPU
+    tf32: bool = False,  # let a GPU multiply with less precision where it is faster
 ) -> Study:
     "As `lifelong_study`, for tasks that are learned together (App. C)."
     dataset = check_choice("data set", dataset, COUNTS)
@@ -439,7 +454,9 @@ def multitask_study(
     epochs = datasets[0].look if epochs is None else check_number("epochs", epochs, 1)
     eval_every = check_number("eval_every", eval_every, 1)
     common = dict(methods=methods, trials=trials, seed=seed, data_dir=data_dir, output_dir=output_dir)
-    engine = dict(device=device, workers=workers, threads=threads, scheduler=scheduler)
+    engine = dict(
+        device=device, workers=workers, threads=threads, scheduler=scheduler, stack=stack, tf32=tf32
+    )
     return _study(datasets, f"{dataset}-{distribution}", draw, epochs, eval_every, **common, **engine)
 
 
@@ -464,6 +481,8 @@ def _study(
     workers: int | None,
     threads: int,
     scheduler: str | None,
+    stack: bool | None,
+    tf32: bool,
 ) -> Study:
     "What both studies check and set up alike."
     dataset = datasets[0]
@@ -493,7 +512,12 @@ def _study(
         seed=check_number("seed", seed, 0),
         schedule=schedule,
     )
-    trials, device = check_number("trials", trials, 1), pick_device(device)
+    for name, value in dict(stack=stack, tf32=tf32).items():
+        if not isinstance(value, bool) and not (name == "stack" and value is None):
+            raise BadInput(
+                f"Parameter '{name}' must be True or False, but it is {value!r} ({type(value).__name__})."
+            )
+    trials, device = check_number("trials", trials, 1), pick_device(device, tf32)
     threads = check_number("threads", threads, 1)
     if workers is None:
         workers = max(1, joblib.cpu_count() // threads) if device.type == "cpu" else 1
@@ -522,6 +546,8 @@ def _study(
         workers=workers,
         threads=threads,
         scheduler=scheduler,
+        stack=device.type == "cuda" if stack is None else stack,
+        tf32=tf32,
     )
 
 # %% ../nbs/32_studies.ipynb #faa2eddc
