@@ -9,10 +9,9 @@ from typing import Sequence
 
 import pandas as pd
 import torch
-import torch.nn.functional as F
 from torch.func import functional_call, vmap
 
-from .learner import Evaluate, TaskLearner, TrainEvalCallback, train
+from .learner import Evaluate, TaskLearner, TrainEvalCallback, sum_cross_entropy, train
 from .networks import Dropout
 from .optimizer import rmsprop_
 
@@ -94,7 +93,11 @@ class Steps:
         picked = self.order.index_select(0, self.at)[0]
         x, y = self.x[self.rows, picked], self.y[self.rows, picked]
         logits = self.forward(x, self.kept.index_select(0, self.at)[0] if self.dropout else None)
-        losses = F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="none").view_as(y).sum(1)
+        losses = (
+            vmap(sum_cross_entropy)(logits, y)
+            if len(logits) > 1
+            else sum_cross_entropy(logits[0], y[0])[None]
+        )
         names = list(self.moving)
         grads = torch.autograd.grad(losses.sum(), [self.moving[k] for k in names], allow_unused=True)
         grads = {k: g for k, g in zip(names, grads) if g is not None}
@@ -178,12 +181,10 @@ def alike(learners: Sequence[TaskLearner]) -> bool:
 def train_together(learners: Sequence[TaskLearner]) -> list[pd.DataFrame]:  # the histories
     "Run the whole schedule of several Learners, as one where that is possible."
     plain = [l for l in learners if by_batch(l)]
+    if plain and plain[0].dls.device.type == "cuda":
+        names = ", ".join({type(l.model).__name__ for l in plain})
+        print(f"{names}: trained batch by batch, since callbacks look at each one.", flush=True)
     for l in plain:
-        if l.dls.device.type == "cuda":
-            print(
-                f"{type(l.model).__name__} is trained batch by batch: its callbacks want to see each one.",
-                flush=True,
-            )
         train(l)
     fast = [l for l in learners if l not in plain]
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):

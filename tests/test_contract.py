@@ -11,6 +11,7 @@ from dfcnn.expandable import DEN, Growth
 from dfcnn.learner import Audit, Callback, lifelong_learner, multitask_schedule, score, task_learner, train
 from dfcnn.metrics import forgetting_ratio
 from dfcnn.networks import ARCHITECTURES, METHODS, build_network
+from dfcnn.stacking import train_together
 from dfcnn.tasks import Split, Task
 
 HYPER = dict(epochs=2, lr=1e-3, decay=2.5e-4, batch_size=10)
@@ -130,6 +131,25 @@ def test_no_score_is_repeated_after_a_change(method):
 def test_no_score_is_repeated_where_all_units_are_put_back():
     network = DEN(ARCHITECTURES["cifar100"], growth=Growth(units=100, split=0.0))
     train(lifelong_learner(network, small_tasks(), **{**HYPER, "epochs": 8}, cbs=[Rescore(), Audit()]))
+
+
+def test_training_by_the_epoch_is_training_by_the_batch(method):
+    plain, fast = learner(method), learner(method)
+    history = train(plain).drop(columns="seconds")
+    assert train_together([fast])[0].drop(columns="seconds").equals(history)
+    other = fast.model.state_dict()
+    assert all(torch.equal(v, other[k]) for k, v in plain.model.state_dict().items())
+
+
+def test_stacked_trials_get_the_numbers_that_they_get_alone(method):
+    alone, stacked = ([learner(method, seed=s, epochs=1) for s in (0, 1)] for _ in range(2))
+    for l, one in zip(alone, train_together(stacked)):
+        both = train(l).merge(one, on=["epoch", "evaluated", "split"])
+        assert len(both) == len(one) and ((both.loss_x / both.loss_y) - 1).abs().max() < 1e-3
+    for a, b in zip(alone, stacked):
+        other = b.model.state_dict()
+        for k, v in a.model.state_dict().items():
+            torch.testing.assert_close(v, other[k], rtol=1e-3, atol=1e-4, msg=k)
 
 
 def test_isolated_tasks_keep_their_score_exactly():

@@ -1,0 +1,73 @@
+"What only a GPU can show: captured steps, stacked or not, and their agreement with a CPU. Skipped where there is none."
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dfcnn.core import pick_device
+from dfcnn.learner import lifelong_learner, train
+from dfcnn.networks import build_network
+from dfcnn.stacking import Steps, train_together
+from dfcnn.studies import lifelong_study
+from dfcnn.tasks import Split, Task
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA GPU here")
+METHODS = ["STL", "HPS", "ProgNN", "TF", "DF-CNN", "DF-CNN.tc2"]
+
+
+def noise(trial: int) -> list[Task]:
+    "Two tasks of CIFAR-100's form."
+    g = torch.Generator().manual_seed(trial)
+    split = lambda n: Split(torch.randn(n, 3, 32, 32, generator=g), torch.arange(n) % 10)
+    return [Task(f"noise {t}", [str(i) for i in range(10)], split(60), split(20), split(50)) for t in range(2)]
+
+
+def learner(method: str, trial: int = 0, device: str = "cuda"):
+    network = build_network(method, "cifar100", seed=trial, length=2)
+    hyper = dict(epochs=3, lr=1e-4, decay=2.5e-4, batch_size=10, seed=trial)
+    return lifelong_learner(network, noise(trial), **hyper, device=pick_device(device))
+
+
+def agree(some, others, rtol: float) -> None:
+    for k, v in some.model.state_dict().items():
+        torch.testing.assert_close(v.cpu(), others.model.state_dict()[k].cpu(), rtol=rtol, atol=rtol, msg=k)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_captured_steps_are_those_of_the_learner(method, monkeypatch):
+    replays, real = [], torch.cuda.CUDAGraph.replay
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", lambda g: (replays.append(1), real(g)))
+    by_batch, captured = learner(method), learner(method)
+    a, b = train(by_batch), train_together([captured])[0]
+    assert len(replays) == 2 * (3 * 6 - 3), "all but the first three steps of a task are replayed"
+    assert (a.loss - b.loss).abs().max() < 1e-2
+    agree(by_batch, captured, 1e-3)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_stacked_trials_are_those_that_are_trained_alone(method):
+    alone, stacked = [learner(method, t) for t in range(3)], [learner(method, t) for t in range(3)]
+    for l in alone:
+        train_together([l])
+    train_together(stacked)
+    for a, b in zip(alone, stacked):
+        agree(a, b, 1e-3)
+
+
+def test_the_first_epoch_without_dropout_agrees_with_a_cpu():
+    learners = [learner("DF-CNN", device=device) for device in ("cpu", "cuda")]
+    for l in learners:
+        l.model.tasks[0].head.dropout.p = 0.0
+        l.n_epoch, l.epoch, l.dl = 1, 0, l.dls.train
+        for event in ("before_fit", "before_epoch", "before_train"):
+            l(event)
+        Steps([l]).epoch()
+    agree(*learners, 1e-4)
+
+
+def test_a_study_stacks_its_trials_by_itself(tmp_path):
+    study = lifelong_study(methods="STL DEN", epochs=2, tasks=2, trials=2, output_dir=str(tmp_path))
+    assert study.stack and study.workers == 1
+    records = study.run()
+    assert all(r.made_with["device"] == torch.cuda.get_device_name() for r in records)
