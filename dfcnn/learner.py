@@ -278,7 +278,8 @@ class Evaluate(Callback):
                 self.add(epoch, task_epoch, task, split, *self.latest[task, split], took)
 
     def before_phase(self):
-        self.moving = set(self.model.trains(self.learn.task))
+        moving = set(self.model.trains(self.learn.task))
+        self.moved = [t for t in range(len(self.model.tasks)) if not moving.isdisjoint(self.model.uses(t))]
 
     def after_phase(self):
         self.outdate()
@@ -288,9 +289,9 @@ class Evaluate(Callback):
 
     def outdate(self):
         "Forget the scores of the tasks that have changed since."
-        for task in {task for task, _ in self.latest}:
-            if not self.moving.isdisjoint(self.model.uses(task)):
-                del self.latest[task, "valid"], self.latest[task, "test"]
+        for task in self.moved:
+            for split in ("valid", "test"):
+                self.latest.pop((task, split), None)
 
     def before_epoch(self):
         first = self.epoch == 0 if self.together else self.task_epoch == 0

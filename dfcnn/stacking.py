@@ -115,8 +115,8 @@ class Steps:
             self.order[:, k] = l.dls.train.order().view(self.order[:, k].shape)
             if self.dropout:
                 g = torch.Generator(self.device).manual_seed(l.seed_epochs.dropout)
-                for kept in self.kept[:, k]:
-                    kept.copy_(torch.rand(kept.shape, generator=g, device=self.device) >= self.dropout.p)
+                drawn = torch.rand(self.kept[:, k].shape, generator=g, device=self.device)
+                torch.ge(drawn, self.dropout.p, out=self.kept[:, k])
 
     def epoch(self) -> None:
         "All steps of an epoch."

@@ -11,7 +11,7 @@ import os
 import threading
 import time
 import traceback
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import groupby
@@ -54,35 +54,28 @@ def carry_out(
     configs: Sequence[RunConfig],  # one, or the trials of a method that are trained as one
     method: Method,  # with its network, where it is listed in the asking process alone
     images: Images | None,  # None: looked up in this process
-    data: str,  # fingerprint that the images must have
-    code: str,  # checksum that the package must have
-    study: dict[str, Any],  # data_dir, output_dir, device, tf32, threads
+    made_of: tuple[str, str],  # checksums that the images and the package must have
+    where: dict[str, Any],  # data_dir, output_dir, device, tf32, threads, asker
 ) -> list[tuple[RunConfig, Record | Failure]]:
     "Carry out runs in this process, whatever happens."
-    folders = [Path(study["output_dir"]) / c.name for c in configs]
+    folders = [Path(where["output_dir"]) / c.name for c in configs]
     METHODS[method.name] = method
     try:
-        if code != PACKAGE:
-            raise BadInput("This worker imports another version of dfcnn than the process that sent the run.")
-        images = images or _images(configs[0].dataset, study["data_dir"])
-        if images.fingerprint != data:
+        images = images or _images(configs[0].dataset, where["data_dir"])
+        if (images.fingerprint, PACKAGE) != made_of:
             raise BadInput(
-                "The images that this worker found are not those of the process that sent the run."
+                "This worker has other images, or another version of dfcnn, than the process that asks."
             )
-        device, cbs = pick_device(study["device"], study["tf32"]), [
-            [ReportProgress(f / "progress.json")] for f in folders
-        ]
-        records = run_together(configs, images, study["output_dir"], device, cbs, study["threads"])
-        return list(zip(configs, records))
+        cbs = [[ReportProgress(f / "progress.json", where["asker"])] for f in folders]
+        device = pick_device(where["device"], where["tf32"])
+        return list(
+            zip(configs, run_together(configs, images, where["output_dir"], device, cbs, where["threads"]))
+        )
     except Exception as e:
-        if (
-            len(configs) > 1
-        ):  # each by itself, from its last checkpoint, so that only one that fails alone has failed
-            return [r for c in configs for r in carry_out([c], method, images, data, code, study)]
-        try:
+        if len(configs) > 1:  # which one was it? each goes on by itself, from its last checkpoint
+            return [result for c in configs for result in carry_out([c], method, images, made_of, where)]
+        with suppress(OSError):  # the disk is full, say
             write_text(folders[0] / "error.txt", traceback.format_exc())
-        except OSError:  # the disk is full, say
-            pass
         error = str(e).rpartition("\n\t")[2] or type(e).__name__  # fastai puts more before it
         return [(configs[0], Failure(configs[0], error))]
 
@@ -92,8 +85,9 @@ class ReportProgress(Callback):
 
     order = 70
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, asker: int | None = None):
         self.path, self.done, self.lines, self.written = path, 0, [], 0.0
+        self.asker = None if asker == os.getpid() else asker  # process that started this one
 
     def after_epoch(self):
         scored, n = self.learn.evaluate, len(self.learn.evaluate.eval_tasks)
@@ -110,6 +104,8 @@ class ReportProgress(Callback):
         self.done += 1
         if over:
             self.lines.append(f"{where}{self.what} after {epochs} epochs")
+        if self.asker and os.getppid() != self.asker:
+            os._exit(1)  # whoever asked for this run is dead, and will have it go on when asking again
         if over or time.monotonic() - self.written > 1:
             now = f"{where}{self.what}"
             write_text(self.path, json.dumps(dict(done=self.done, now=now, lines=self.lines)))
@@ -124,15 +120,15 @@ def epochs_of(config: RunConfig) -> int:
     return len(config.task_of_epoch) * (2 if METHODS[config.method].network.starts_from else 1)
 
 
-def epochs_done(folder: Path, config: RunConfig) -> int:
-    "How far the checkpoints in a folder are."
+def epochs_done(folder: Path, epochs: int) -> int:
+    "How many of so many epochs the files in a folder know to be over."
+    if (folder / "summary.json").exists():
+        return epochs
     done = 0
     for name in ("pretraining", "checkpoint"):
-        try:
+        with suppress(SafetensorError, OSError, KeyError, TypeError, ValueError):
             with safe_open(folder / f"{name}.safetensors", "pt") as f:
                 done += int(f.metadata()["epochs"])
-        except (SafetensorError, OSError, KeyError, TypeError, ValueError):
-            pass
     return done
 
 
@@ -141,7 +137,7 @@ class Watch:
 
     def __init__(self, titles: dict[RunConfig, str], output_dir: Path):
         self.titles, self.output_dir = titles, output_dir
-        self.left = {c: epochs_of(c) - epochs_done(output_dir / c.name, c) for c in titles}
+        self.left = {c: epochs_of(c) - epochs_done(output_dir / c.name, epochs_of(c)) for c in titles}
         self.done, self.printed, self.seen = dict.fromkeys(titles, 0), dict.fromkeys(titles, 0), {}
         self.bar = progress_bar(range(max(1, sum(self.left.values()))))
         self.over, self.lock = threading.Event(), threading.Lock()
@@ -304,9 +300,10 @@ class Study:
         with Watch(titles, self.output_dir) as watch:
 
             def finish(c: RunConfig, result: Record | Failure):
-                results[c] = result
+                failed = isinstance(result, Failure)
+                results[c] = result if failed else replace(result, folder=self.output_dir / c.name)
                 left.remove(c)
-                watch.finish(c, f"failed. {result.error}" if isinstance(result, Failure) else "")
+                watch.finish(c, f"failed. {result.error}" if failed else "")
 
             while left:
                 alone = deaths == 2  # to find out whose fault it is
@@ -340,17 +337,17 @@ class Study:
             groups = [list(group) for _, group in groupby(sorted(configs, key=alike), key=alike)]
         workers = max(min(self.workers, len(groups)), 1 + apart)
         here = self.scheduler is None and workers == 1
-        common = dict(
+        where = dict(
             data_dir=self.data_dir,
-            output_dir=str(self.output_dir),
+            output_dir=str(self.output_dir.resolve()),
             device=str(self.device),
             tf32=self.tf32,
             threads=self.threads,
+            asker=None if self.scheduler else os.getpid(),
         )
         call, images = joblib.delayed(carry_out), self.images if here else None
-        calls = [
-            call(g, METHODS[g[0].method], images, self.images.fingerprint, PACKAGE, common) for g in groups
-        ]
+        made_of = self.images.fingerprint, PACKAGE
+        calls = [call(g, METHODS[g[0].method], images, made_of, where) for g in groups]
         engine = dict(backend="dask") if self.scheduler else dict(n_jobs=workers)
         with cluster(self.scheduler) if self.scheduler else nullcontext(), joblib.parallel_config(**engine):
             results = joblib.Parallel(return_as="generator_unordered", batch_size=1)(calls)
@@ -542,7 +539,7 @@ def _study(
         images,
         output,
         device,
-        data_dir=None if data_dir is None else str(data_dir),
+        data_dir=None if data_dir is None else str(Path(data_dir).expanduser().resolve()),
         workers=workers,
         threads=threads,
         scheduler=scheduler,

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 from dask.distributed import Client, LocalCluster
+from filelock import FileLock
 
 from dfcnn.checkpoint import load_tensors
 from dfcnn.core import BadInput
@@ -101,6 +102,25 @@ def test_a_run_that_is_killed_goes_on(moment, tmp_path, undisturbed, processes):
     assert process.exitcode == -signal.SIGKILL
     work(config, tmp_path)
     assert numbers(tmp_path / config.name) == expected
+
+
+def test_workers_stop_when_the_study_is_killed(tmp_path):
+    study = f"""
+from dfcnn.studies import lifelong_study
+lifelong_study(methods="STL HPS", tasks=2, epochs=200, output_dir={str(tmp_path)!r}, workers=2).run()
+"""
+    process = subprocess.Popen([sys.executable, "-W", "ignore", "-c", study], stdout=subprocess.DEVNULL)
+    progress: list[Path] = []
+    while len(progress) < 2:
+        assert process.poll() is None
+        progress = list(tmp_path.rglob("progress.json"))
+        time.sleep(0.1)
+    process.kill()
+    process.wait()
+    time.sleep(3)  # an epoch takes half of one
+    for path in progress:
+        with FileLock(path.with_name(".lock"), timeout=0):  # nobody works there any more
+            assert not path.with_name("summary.json").exists()
 
 
 @pytest.fixture
