@@ -457,7 +457,7 @@ class Audit(Callback):
         between = {k for k in still if k not in self.before or not torch.equal(self.last[k], self.before[k])}
         if between:
             self.refuse("altered, before it was trained,", between)
-        self.steps = 0
+        self.trained = False
         trains = {id(p) for p in self.model.trains(task)}
         self.allowed = {
             k: self.model.selected(p) for k, p in self.model.named_parameters() if id(p) in trains
@@ -466,8 +466,8 @@ class Audit(Callback):
         if any(map(foreign, self.allowed)):
             self.refuse("wants to train", filter(foreign, self.allowed))
 
-    def after_step(self):
-        self.steps += 1
+    def after_train(self):
+        self.trained = True
 
     def after_phase(self):
         after = self.tensors()
@@ -480,6 +480,6 @@ class Audit(Callback):
         }
         if beyond:
             self.refuse("changed", beyond)
-        if self.steps and changed != set(self.allowed):
+        if self.trained and changed != set(self.allowed):
             self.refuse("may train, but left as they were,", set(self.allowed) - changed)
         self.changed.append(changed)
