@@ -127,6 +127,7 @@ class Steps:
             self.step() if self.device.type != "cuda" else self.replay()
         for k, l in enumerate(self.learners):
             scored = l.evaluate
+            scored.sharing = len(self.learners)
             scored.seen, scored.correct, scored.losses = (
                 self.order[:, k].numel(),
                 self.correct[k],
