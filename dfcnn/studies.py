@@ -431,7 +431,6 @@ def multitask_study(
     workers: int | None = None,  # runs side by side; None: one for each core, and one on a GPU
     threads: int = 1,  # of each run, on a CPU
     scheduler: str | None = None,  # address of a dask scheduler, whose workers carry out the runs
-    stack: bool | None = None,  # train the trials of a method as one? None: on a GPU
     tf32: bool = False,  # let a GPU multiply with less precision where it is faster
 ) -> Study:
     "As `lifelong_study`, for tasks that are learned together (App. C)."
@@ -451,9 +450,7 @@ def multitask_study(
     epochs = datasets[0].look if epochs is None else check_number("epochs", epochs, 1)
     eval_every = check_number("eval_every", eval_every, 1)
     common = dict(methods=methods, trials=trials, seed=seed, data_dir=data_dir, output_dir=output_dir)
-    engine = dict(
-        device=device, workers=workers, threads=threads, scheduler=scheduler, stack=stack, tf32=tf32
-    )
+    engine = dict(device=device, workers=workers, threads=threads, scheduler=scheduler, stack=None, tf32=tf32)
     return _study(datasets, f"{dataset}-{distribution}", draw, epochs, eval_every, **common, **engine)
 
 
@@ -519,6 +516,12 @@ def _study(
     if workers is None:
         workers = max(1, joblib.cpu_count() // threads) if device.type == "cpu" else 1
     workers = check_number("workers", workers, 1)
+    can_stack = not together and all(isinstance(n, int) for n in dataset.split.values())
+    if stack and not can_stack:
+        raise BadInput(
+            "The trials of this study cannot be trained as one: their tasks differ in size. Leave out"
+            " `stack`."
+        )
     if scheduler is not None:
         with cluster(scheduler):
             pass
@@ -543,7 +546,7 @@ def _study(
         workers=workers,
         threads=threads,
         scheduler=scheduler,
-        stack=device.type == "cuda" if stack is None else stack,
+        stack=can_stack and device.type == "cuda" if stack is None else stack,
         tf32=tf32,
     )
 
