@@ -40,7 +40,7 @@ class Steps:
             self.kept = zeros(n, k, size, head.W[0].shape[1], dtype=torch.bool)
         self.at, self.lr = zeros(1, dtype=torch.long), zeros()
         self.losses, self.correct = zeros(n, k), zeros(k)
-        self.graph, self.taken = None, 0
+        self.captures, self.graph, self.taken = self.device.type == "cuda", None, 0
 
     def stack(self) -> None:
         "Stack what the steps read and change; the networks and their optimizers go on holding their slices."
@@ -103,7 +103,7 @@ class Steps:
         grads = {k: g for k, g in zip(names, grads) if g is not None}
         parts = ([tensors[k].detach() for k in grads] for tensors in (self.moving, self.mean_squares))
         params, squares = parts
-        lr = self.lr if self.device.type == "cuda" else self.lead.opt.hypers[-1]["lr"]
+        lr = self.lr if self.captures else self.lead.opt.hypers[-1]["lr"]
         rmsprop_(params, list(grads.values()), squares, lr)
         self.losses.index_copy_(0, self.at, losses.detach()[None])
         self.correct += (logits.detach().argmax(-1) == y).sum(1)
@@ -124,7 +124,7 @@ class Steps:
         self.at.zero_(), self.losses.zero_(), self.correct.zero_()
         self.lr.fill_(self.lead.opt.hypers[-1]["lr"])
         for _ in range(len(self.order)):
-            self.step() if self.device.type != "cuda" else self.replay()
+            self.replay() if self.captures else self.step()
         for k, l in enumerate(self.learners):
             scored = l.evaluate
             scored.sharing = len(self.learners)
