@@ -9,13 +9,14 @@ import time
 import warnings
 from collections import Counter
 from functools import partial
-from typing import Callable, Iterable, Iterator, Sequence
+from itertools import islice
+from typing import Callable, Iterable, Iterator, NamedTuple, Sequence
 
 import pandas as pd
 import torch
 import torch.nn.functional as F
 
-from .core import BadInput, check_choice, stream, stream_seed
+from .core import BadInput, check_choice, keep_memory, stream, stream_seed
 from .networks import LifelongNetwork
 from .optimizer import RMSProp, inverse_time_decay
 from .tasks import Split, Task
@@ -29,8 +30,8 @@ with warnings.catch_warnings():  # fastai 2.8 imports parts of torch that are ab
 
 # %% auto #0
 __all__ = ['HISTORY', 'SPLITS', 'sum_cross_entropy', 'TaskBatches', 'on_device', 'SeedEpochs', 'TaskSwitch', 'InverseTimeDecay',
-           'lifelong_schedule', 'multitask_schedule', 'score', 'Evaluate', 'TaskLearner', 'task_learner',
-           'lifelong_learner', 'train', 'Audit']
+           'lifelong_schedule', 'multitask_schedule', 'tally', 'score', 'moment', 'seconds_between', 'Measured',
+           'Evaluate', 'TaskLearner', 'task_learner', 'lifelong_learner', 'train', 'Audit']
 
 # %% ../nbs/21_learner.ipynb #5efb9065
 def sum_cross_entropy(
@@ -65,12 +66,13 @@ class TaskBatches:
         return n // self.batch_size if self.generator else -(-n // self.batch_size)
 
     def order(self) -> torch.Tensor:  # int64
-        "Images of the coming epoch, batch after batch."
-        n = len(self.data.y)
+        "Images of the coming epoch, batch after batch: the same on every device."
+        n, device = len(self.data.y), self.data.y.device
         if self.generator is None:
-            return torch.arange(n, device=self.data.y.device)
+            return torch.arange(n, device=device)
         drawn = torch.randperm(n, generator=self.generator)[: len(self) * self.batch_size]
-        return drawn.to(self.data.y.device)
+        pinned = drawn.pin_memory() if device.type == "cuda" else drawn  # its copy waits for nothing
+        return pinned.to(device, non_blocking=True)
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, int, torch.Tensor]]:
         x, y = self.data
@@ -198,24 +200,57 @@ def multitask_schedule(
         return [epoch % n_tasks for epoch in range(epochs)]
     return torch.randint(n_tasks, (epochs,), generator=stream(seed, "schedule")).tolist()
 
-# %% ../nbs/21_learner.ipynb #8f476a61
+# %% ../nbs/21_learner.ipynb #9d33aaff
 @torch.no_grad()
-def score(
+def tally(
     network: LifelongNetwork,  # in evaluation mode
     data: Split,
     task: int,
     batch_size: int | None = None,  # None: 100 on a CPU, where larger ones are slower; 2,000 on a GPU
-) -> tuple[float, float]:  # accuracy (0 to 1), mean cross-entropy per image
-    "Accuracy and loss of one task on one set of images."
+) -> torch.Tensor:  # (2,): images that were classified correctly, and the sum of all cross-entropies
+    "Scores of one task on one set of images, on the device: nothing waits for them here."
     batch_size = batch_size or (100 if data.x.device.type == "cpu" else 2000)
     total = torch.zeros(2, device=data.x.device)
     for x, y in zip(data.x.split(batch_size), data.y.split(batch_size)):
         logits = network(x, task)
         total += torch.stack([(logits.argmax(1) == y).sum(), sum_cross_entropy(logits, y)])
-    correct, loss = total.tolist()
+    return total
+
+
+def score(
+    network: LifelongNetwork, data: Split, task: int, batch_size: int | None = None  # as in `tally`
+) -> tuple[float, float]:  # accuracy (0 to 1), mean cross-entropy per image
+    "Accuracy and loss of one task on one set of images."
+    correct, loss = tally(network, data, task, batch_size).tolist()
     return correct / len(data.y), loss / len(data.y)
 
-# %% ../nbs/21_learner.ipynb #b0fd4a3b
+# %% ../nbs/21_learner.ipynb #81a3df89
+def moment(device: torch.device) -> float | torch.Event:
+    "Now: by the clock on a CPU; on a GPU when it gets here in its work."
+    if device.type == "cpu":
+        return time.perf_counter()
+    event = torch.get_device_module(device).Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def seconds_between(start: float | torch.Event, end: float | torch.Event) -> float:
+    "Seconds between two moments; those of a GPU must be over."
+    return end - start if isinstance(end, float) else start.elapsed_time(end) / 1000
+
+
+class Measured(NamedTuple):
+    "Scores that nobody has read yet."
+
+    when: tuple[int, int, int]  # epoch, epoch of the task, task in hand
+    evaluated: int
+    split: str
+    images: int
+    sums: torch.Tensor | None  # images classified correctly, then summed losses; None: as they were
+    start: float | torch.Event
+    end: float | torch.Event
+
+
 HISTORY = {  # columns of the table of scores
     "epoch": "int64",  # epochs of the run so far; 0 is before the first
     "task_epoch": "int64",  # epochs that the trained task has had so far
@@ -242,6 +277,7 @@ class Evaluate(Callback):
     ):
         self.eval_tasks, self.eval_every, self.together = tasks, eval_every, together
         self.scores: list[tuple] = []
+        self.unread: list[Measured] = []
         self.learned: set[int] = set()
         self.sharing = 1  # Learners whose training the measured seconds hold, where trials are stacked
         self.latest: dict[tuple[int, str], tuple[float, float]] = {}  # by task and split
@@ -263,20 +299,49 @@ class Evaluate(Callback):
         self.scores = list(zip(*columns.values()))
         self.learned = {task for task, split in zip(columns["trained"], columns["split"]) if split == "train"}
 
-    def add(self, epoch: int, task_epoch: int, *score):
-        "Append a row: when, the task in hand, and (evaluated, split, accuracy, loss, seconds)."
-        self.scores.append((epoch, task_epoch, self.learn.task, *score))
+    @property
+    def device(self) -> torch.device:
+        return self.eval_tasks[0].train.x.device
 
     def evaluate(self, epoch: int, task_epoch: int, evaluated: Sequence[int]):
         "Score `evaluated` tasks on their validation and test sets."
         self.model.eval()
+        when = epoch, task_epoch, self.learn.task
         for task in evaluated if self.eval_every else ():
             for split in ("valid", "test"):
-                start = time.perf_counter()
-                if (task, split) not in self.latest:
-                    self.latest[task, split] = score(self.model, getattr(self.eval_tasks[task], split), task)
-                took = time.perf_counter() - start
-                self.add(epoch, task_epoch, task, split, *self.latest[task, split], took)
+                data, start = getattr(self.eval_tasks[task], split), moment(self.device)
+                sums = None if (task, split) in self.latest else tally(self.model, data, task)
+                end = moment(self.device)
+                self.unread.append(Measured(when, task, split, len(data.y), sums, start, end))
+
+    def read(self):
+        "Wait for the device, and enter what it has measured into the history."
+        unread, self.unread = self.unread, []
+        sums = [m.sums for m in unread if m.sums is not None]
+        numbers = iter(torch.cat(sums).tolist() if sums else ())
+        for m in unread:
+            which, took = (m.evaluated, m.split), seconds_between(m.start, m.end)
+            if m.sums is None:
+                means = self.latest[which]
+            else:
+                correct, *losses = islice(numbers, len(m.sums))
+                means = correct / m.images, sum(losses) / m.images
+            if m.split == "train":
+                self.check(losses)
+                took /= self.sharing
+            else:
+                self.latest[which] = means
+            self.scores.append((*m.when, *which, *means, took))
+
+    def check(self, losses: Sequence[float]):
+        "Stop where training has gone astray."
+        for batch, loss in enumerate(losses):
+            if not loss < float("inf"):
+                raise FloatingPointError(
+                    f"The training loss is {loss} in batch {batch + 1} of epoch {self.task_epoch + 1} of task"
+                    f" {self.learn.task + 1} (epoch {self.epoch + 1} of the run). The learning rate was"
+                    f" {self.opt.hypers[-1]['lr']:g}; a smaller one may help."
+                )
 
     def before_phase(self):
         moving = set(self.model.trains(self.learn.task))
@@ -300,11 +365,11 @@ class Evaluate(Callback):
             everything = range(len(self.eval_tasks)) if self.together else [self.learn.task]
             with torch.no_grad():
                 self.evaluate(self.epoch, 0, everything)
+            self.read()
 
     def before_train(self):
-        self.start, self.seen = time.perf_counter(), 0
-        self.correct = torch.zeros((), device=self.eval_tasks[0].train.x.device)
-        self.losses = []
+        self.start, self.seen = moment(self.device), 0
+        self.correct, self.losses = torch.zeros((), device=self.device), []
 
     def after_loss(self):
         if self.training:
@@ -314,17 +379,10 @@ class Evaluate(Callback):
             self.losses.append(self.loss.detach())
 
     def after_train(self):
-        correct, *losses = torch.stack([self.correct, *self.losses]).tolist()  # waits for the device
-        took = (time.perf_counter() - self.start) / self.sharing
-        for batch, loss in enumerate(losses):
-            if not loss < float("inf"):
-                raise FloatingPointError(
-                    f"The training loss is {loss} in batch {batch + 1} of epoch {self.task_epoch + 1} of task"
-                    f" {self.learn.task + 1} (epoch {self.epoch + 1} of the run). The learning rate was"
-                    f" {self.opt.hypers[-1]['lr']:g}; a smaller one may help."
-                )
-        means = correct / self.seen, sum(losses) / self.seen
-        self.add(self.epoch + 1, self.task_epoch + 1, self.learn.task, "train", *means, took)
+        when = self.epoch + 1, self.task_epoch + 1, self.learn.task
+        sums = torch.stack([self.correct, *self.losses])
+        train = Measured(when, self.learn.task, "train", self.seen, sums, self.start, moment(self.device))
+        self.unread.append(train)
 
     def before_validate(self):
         done, now = self.task_epoch + 1, self.epoch + 1
@@ -338,6 +396,9 @@ class Evaluate(Callback):
             scored = [*(sorted(self.learned - {self.learn.task}) if due else []), self.learn.task]
         self.evaluate(now, done, scored)
         raise CancelValidException()
+
+    def after_epoch(self):
+        self.read()
 
 # %% ../nbs/21_learner.ipynb #dc31ab6d
 class TaskLearner(Learner):
@@ -392,6 +453,8 @@ def task_learner(
                 f" {network.arch.input}."
             )
     device = torch.device(device)
+    if device.type == "cpu":
+        keep_memory()
     tasks = on_device(tasks, device)
     dls = DataLoaders(
         TaskBatches(tasks, "train", batch_size), TaskBatches(tasks, "valid", batch_size), device=device

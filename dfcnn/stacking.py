@@ -131,7 +131,7 @@ class Steps:
             scored.seen, scored.correct, scored.losses = (
                 self.order[:, k].numel(),
                 self.correct[k],
-                self.losses[:, k],
+                self.losses[:, k].unbind(),
             )
 
     def replay(self) -> None:
@@ -205,6 +205,7 @@ def _fit(learners: Sequence[TaskLearner]) -> None:
         for l in now:
             l.epoch = epoch
             l("before_epoch")
+        for l in now:
             l.dl = l.dls.train
             l("before_train")
         key = [id(l.opt) for l in now]
@@ -212,10 +213,9 @@ def _fit(learners: Sequence[TaskLearner]) -> None:
             known = {task: v for task, v in known.items() if task in schedule[epoch:] and len(now) == 1}
             known[schedule[epoch]] = key, Steps(now)
         known[schedule[epoch]][1].epoch()
-        for l in now:
-            l("after_train")
-            l._do_epoch_validate()
-            l("after_epoch")
+        for event in (lambda l: l("after_train"), TaskLearner._do_epoch_validate, lambda l: l("after_epoch")):
+            for l in now:  # the last event waits for the device
+                event(l)
     for l in learners:
         l("after_fit")
         l._end_cleanup()

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dfcnn.core import pick_device
-from dfcnn.learner import lifelong_learner, train
+from dfcnn.learner import Callback, lifelong_learner, train
 from dfcnn.networks import build_network
 from dfcnn.stacking import Steps, train_together
 from dfcnn.studies import lifelong_study
@@ -22,14 +22,16 @@ def noise(trial: int) -> list[Task]:
     "Two tasks of CIFAR-100's form."
     g = torch.Generator().manual_seed(trial)
     split = lambda n: Split(torch.randn(n, 3, 32, 32, generator=g), torch.arange(n) % 10)
-    return [Task(f"noise {t}", [str(i) for i in range(10)], split(60), split(20), split(50)) for t in range(2)]
+    return [
+        Task(f"noise {t}", [str(i) for i in range(10)], split(60), split(20), split(50)) for t in range(2)
+    ]
 
 
-def learner(method: str, trial: int = 0, device: str = "cuda", dropout: float = 0.5):
+def learner(method: str, trial: int = 0, device: str = "cuda", dropout: float = 0.5, cbs=()):
     network = build_network(method, "cifar100", seed=trial, length=2)
     network.arch = replace(network.arch, dropout=dropout)
     hyper = dict(epochs=3, lr=1e-4, decay=2.5e-4, batch_size=10, seed=trial)
-    return lifelong_learner(network, noise(trial), **hyper, device=pick_device(device))
+    return lifelong_learner(network, noise(trial), **hyper, device=pick_device(device), cbs=list(cbs))
 
 
 def agree(some, others, rtol: float) -> None:
@@ -66,6 +68,31 @@ def test_the_first_epoch_without_dropout_agrees_with_a_cpu():
             l(event)
         Steps([l]).epoch()
     agree(*learners, 1e-4)
+
+
+class NoWaiting(Callback):
+    "Let every wait for the device be an error, from an epoch's first batch to the last score asked for."
+
+    order, watched = -30, 0
+
+    def before_train(self):
+        if self.learn.task_epoch:  # in the first epoch a step is captured
+            torch.cuda.set_sync_debug_mode("error")
+            NoWaiting.watched += 1
+
+    def after_epoch(self):
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("trials", [1, 3])
+def test_nothing_waits_for_the_device_within_an_epoch(trials):
+    NoWaiting.watched = 0
+    try:
+        histories = train_together([learner("DF-CNN", t, cbs=[NoWaiting()]) for t in range(trials)])
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert NoWaiting.watched == trials * 2 * 2, "two tasks of three epochs, all but the first of each"
+    assert all((h.seconds >= 0).all() and h.seconds.sum() > 0 for h in histories)
 
 
 def test_a_study_stacks_its_trials_by_itself(tmp_path):
