@@ -10,6 +10,7 @@ import inspect
 import json
 import os
 from dataclasses import dataclass, replace
+from importlib import import_module
 
 import torch
 import torch.nn.functional as F
@@ -289,6 +290,8 @@ def build_network(
     length: int | None = None,  # tasks that will come in all; None: `n_tasks`, or ten
 ) -> LifelongNetwork:
     "The network of a method for a data set."
+    if method not in METHODS:
+        import_module("dfcnn.runs")  # lists the methods of this package
     m = METHODS[check_choice("method", method, METHODS)]
     name = f"{architecture}-{m.size}" if m.size else architecture
     arch = ARCHITECTURES[check_choice(f"architecture for {m.title}", name, ARCHITECTURES)]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 import json
 import os
+import shutil
 import threading
 import time
 import traceback
@@ -289,8 +290,30 @@ class Study:
         notes = dict.fromkeys(METHODS[c.method].note for c in self.configs if not c.together)
         return "\n".join(lines + [""] + [f"* {note}" for note in notes if note])
 
+    def check_space(self) -> None:
+        "Refuse a study whose networks, and checkpoints of those that are trained side by side, do not fit on the disk."
+
+        @lru_cache
+        def size(method: str, dataset: str) -> int:  # bytes
+            return 4 * count_parameters(build_shapes(method, DATASETS[dataset].architecture, tasks))
+
+        tasks, trials = self.configs[0].tasks, 1 + max(c.trial for c in self.configs)
+        left = [c for c in self.configs if not (self.output_dir / c.name / "summary.json").exists()]
+        sizes = sorted(size(c.method, c.dataset) for c in left)
+        checkpoints = 6  # three for a moment, each with a network and its optimizers' mean squares
+        needed = sum(sizes) + checkpoints * sum(sizes[-self.workers * (trials if self.stack else 1) :])
+        there = next(p for p in (self.output_dir.resolve(), *self.output_dir.resolve().parents) if p.exists())
+        free = shutil.disk_usage(there).free
+        if needed > free:
+            raise BadInput(
+                f"These runs need up to {needed / 2**30:.1f} GiB in '{self.output_dir}', and"
+                f" {free / 2**30:.1f} GiB are free there. Make room, choose another output_dir, or fewer"
+                " methods, trials or workers."
+            )
+
     def run(self) -> list[Record]:
         "Carry out all runs; complete records are used again, and interrupted runs go on from their checkpoints."
+        self.check_space()
         fraction = {c: getattr(DATASETS[c.dataset], "fraction", "") for c in self.configs}
         titles = {
             c: f"{METHODS[c.method].title}{f' at {fraction[c]}' if fraction[c] else ''}, trial {c.trial + 1}"
