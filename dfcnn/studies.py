@@ -306,8 +306,8 @@ class Study:
         free = shutil.disk_usage(there).free
         if needed > free:
             raise BadInput(
-                f"These runs need up to {needed / 2**30:.1f} GiB in '{self.output_dir}', and"
-                f" {free / 2**30:.1f} GiB are free there. Make room, choose another output_dir, or fewer"
+                f"These runs need up to {needed / 2**20:,.0f} MiB in '{self.output_dir}', and"
+                f" {free / 2**20:,.0f} MiB are free there. Make room, choose another output_dir, or fewer"
                 " methods, trials or workers."
             )
 
