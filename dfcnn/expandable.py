@@ -347,7 +347,8 @@ class GrowthStages(Callback):
         return dict(at=torch.tensor(self.at), losses=torch.stack([*self.losses]))
 
     def load_state_dict(self, state: dict[str, torch.Tensor]):
-        self.at, self.losses = int(state["at"]), deque(state["losses"], maxlen=len(state["losses"]))
+        losses = state["losses"].to(self.model.n_tasks.device)
+        self.at, self.losses = int(state["at"]), deque(losses, maxlen=len(losses))
 
     def enter(self, stage: str):
         loss = torch.stack([*self.losses]).mean().item() if self.losses else float("inf")

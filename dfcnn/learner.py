@@ -289,8 +289,10 @@ class Evaluate(Callback):
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         "The history, a tensor for each column."
-        numbers = self.history.assign(split=self.history.split.map(SPLITS.index).astype("int64"))
-        return {k: torch.from_numpy(numbers[k].to_numpy(copy=True)) for k in HISTORY}
+        columns = dict(zip(HISTORY, zip(*self.scores))) or dict.fromkeys(HISTORY, ())
+        columns["split"] = [SPLITS.index(split) for split in columns["split"]]
+        kind = lambda k: torch.float64 if HISTORY[k] == "float64" else torch.int64
+        return {k: torch.tensor(v, dtype=kind(k)) for k, v in columns.items()}
 
     def load_state_dict(self, state: dict[str, torch.Tensor]):
         "Take up a history; scores that stand for unchanged tasks are computed once more."
@@ -455,6 +457,8 @@ def task_learner(
     device = torch.device(device)
     if device.type == "cpu":
         keep_memory()
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)  # whose streams, events and graphs are meant from here on
     tasks = on_device(tasks, device)
     dls = DataLoaders(
         TaskBatches(tasks, "train", batch_size), TaskBatches(tasks, "valid", batch_size), device=device

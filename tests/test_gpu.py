@@ -15,7 +15,7 @@ from dfcnn.studies import lifelong_study
 from dfcnn.tasks import Split, Task
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA GPU here")
-METHODS = ["STL", "HPS", "ProgNN", "TF", "DF-CNN", "DF-CNN.tc2"]
+METHODS = ["STL", "HPS", "ProgNN", "TF", "DF-CNN", "DF-CNN.direct", "DF-CNN.tc2"]
 
 
 def noise(trial: int) -> list[Task]:
@@ -27,16 +27,24 @@ def noise(trial: int) -> list[Task]:
     ]
 
 
-def learner(method: str, trial: int = 0, device: str = "cuda", dropout: float = 0.5, cbs=()):
+def learner(method: str, trial: int = 0, device: str = "cuda", dropout: float = 0.5, epochs: int = 1, cbs=()):
     network = build_network(method, "cifar100", seed=trial, length=2)
     network.arch = replace(network.arch, dropout=dropout)
-    hyper = dict(epochs=3, lr=1e-4, decay=2.5e-4, batch_size=10, seed=trial)
+    hyper = dict(epochs=epochs, lr=1e-4, decay=2.5e-4, batch_size=10, seed=trial)
     return lifelong_learner(network, noise(trial), **hyper, device=pick_device(device), cbs=list(cbs))
 
 
-def agree(some, others, rtol: float) -> None:
-    for k, v in some.model.state_dict().items():
-        torch.testing.assert_close(v.cpu(), others.model.state_dict()[k].cpu(), rtol=rtol, atol=rtol, msg=k)
+def agree(some, others, method: str, trial: int = 0) -> None:
+    """Training has moved every parameter to the same place.
+
+    A difference of one part in ten million at the start grows to a tenth of the way in six steps, where a maximum is taken of
+    two values that are nearly the same; steps that were not taken would be half of the way.
+    """
+    networks = (some.model.cpu(), others.model.cpu(), build_network(method, "cifar100", trial, n_tasks=2))
+    for (k, a), b, start in zip(networks[0].named_parameters(), *(n.parameters() for n in networks[1:])):
+        moved, apart = (b - start).norm(), (a - b).norm()
+        assert moved > 0, f"{k} was not trained"
+        assert apart <= 0.25 * moved, f"{k}: {apart:g} apart, moved by {moved:g}"
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -45,9 +53,9 @@ def test_captured_steps_are_those_of_the_learner(method, monkeypatch):
     monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", lambda g: (replays.append(1), real(g)))
     by_batch, captured = (learner(method, dropout=0.0) for _ in range(2))  # the draws differ
     a, b = train(by_batch), train_together([captured])[0]
-    assert len(replays) == 2 * (3 * 6 - 3), "all but the first three steps of a task are replayed"
+    assert len(replays) == 2 * (6 - 3), "all but the first three steps of a task are replayed"
     assert (a.loss - b.loss).abs().max() < 1e-2
-    agree(by_batch, captured, 1e-3)
+    agree(by_batch, captured, method)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -56,8 +64,8 @@ def test_stacked_trials_are_those_that_are_trained_alone(method):
     for l in alone:
         train_together([l])
     train_together(stacked)
-    for a, b in zip(alone, stacked):
-        agree(a, b, 1e-3)
+    for trial, (a, b) in enumerate(zip(alone, stacked)):
+        agree(a, b, method, trial)
 
 
 def test_the_first_epoch_without_dropout_agrees_with_a_cpu():
@@ -67,7 +75,10 @@ def test_the_first_epoch_without_dropout_agrees_with_a_cpu():
         for event in ("before_fit", "before_epoch", "before_train"):
             l(event)
         Steps([l]).epoch()
-    agree(*learners, 1e-4)
+    cpu, gpu = (list(l.model.cpu().tasks[0].parameters()) + l.model.shared() for l in learners)
+    start = build_network("DF-CNN", "cifar100", n_tasks=1)
+    for a, b, was in zip(cpu, gpu, list(start.tasks[0].parameters()) + start.shared()):
+        assert (a - b).norm() <= 0.25 * (a - was).norm()
 
 
 class NoWaiting(Callback):
@@ -88,7 +99,7 @@ class NoWaiting(Callback):
 def test_nothing_waits_for_the_device_within_an_epoch(trials):
     NoWaiting.watched = 0
     try:
-        histories = train_together([learner("DF-CNN", t, cbs=[NoWaiting()]) for t in range(trials)])
+        histories = train_together([learner("DF-CNN", t, epochs=3, cbs=[NoWaiting()]) for t in range(trials)])
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert NoWaiting.watched == trials * 2 * 2, "two tasks of three epochs, all but the first of each"
