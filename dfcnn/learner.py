@@ -50,9 +50,8 @@ class TaskBatches:
     def __init__(self, tasks: Sequence[Task], split: str, batch_size: int):
         self.tasks, self.split, self.batch_size = tasks, split, batch_size
         self.task = 0  # set by `TaskSwitch`
-        self.generator = (
-            None  # set by `SeedEpochs`; without it the order is the data's, and nothing is dropped
-        )
+        # Set by `SeedEpochs`; without it the order is the data's, and nothing is dropped.
+        self.generator: torch.Generator | None = None
 
     @property
     def data(self) -> Split:

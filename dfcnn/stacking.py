@@ -103,8 +103,7 @@ class Steps:
         names = list(self.moving)
         grads = torch.autograd.grad(losses.sum(), [self.moving[k] for k in names], allow_unused=True)
         grads = {k: g.contiguous() for k, g in zip(names, grads) if g is not None}  # for one kernel, not many
-        parts = ([tensors[k].detach() for k in grads] for tensors in (self.moving, self.mean_squares))
-        params, squares = parts
+        params, squares = [self.moving[k].detach() for k in grads], [self.mean_squares[k] for k in grads]
         lr = self.lr if self.captures else self.lead.opt.hypers[-1]["lr"]
         rmsprop_(params, list(grads.values()), squares, lr)
         self.losses.index_copy_(0, self.at, losses.detach()[None])
@@ -130,11 +129,8 @@ class Steps:
         for k, l in enumerate(self.learners):
             scored = l.evaluate
             scored.sharing = len(self.learners)
-            scored.seen, scored.correct, scored.losses = (
-                self.order[:, k].numel(),
-                self.correct[k],
-                self.losses[:, k].unbind(),
-            )
+            scored.seen = self.order[:, k].numel()
+            scored.correct, scored.losses = self.correct[k], self.losses[:, k].unbind()
 
     def replay(self) -> None:
         "A step on a GPU: the first ones as they are, to get memory and kernels ready; then one is captured, and replayed from there on."
