@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from importlib.resources import files
 from pathlib import Path
+from textwrap import fill
 from typing import Callable, Sequence
 
 import matplotlib.pyplot as plt
+from matplotlib.ticker import LogLocator, NullFormatter
 import numpy as np
 import pandas as pd
 
@@ -173,11 +175,15 @@ def _panels(n: int, width: float, height: float, **kw) -> tuple[plt.Figure, np.n
     )
     for ax in axs.flat[n:]:
         ax.axis("off")
+    for ax in axs.flat[max(n - columns, 0) : n]:  # the lowest of each column
+        ax.tick_params(labelbottom=True)
     return fig, axs.flat
 
 
 def _finish(fig: plt.Figure, records: Sequence[Record], title: str) -> plt.Figure:
-    fig.suptitle(f"{title}\n{caption(records)}", fontsize=9)
+    wide = int(14 * fig.get_figwidth())  # characters that fit beside each other
+    lines = (fill(text, wide) for text in (title, caption(records)))
+    fig.suptitle("\n".join(lines), x=0.01, ha="left", fontsize=9)
     plt.close(fig)
     return fig
 
@@ -223,7 +229,7 @@ def _by_method_plot(
     records: Sequence[Record], metric: Callable, title: str, x: str, y: str, shift: int = 0
 ) -> plt.Figure:
     "One line for each method: a metric against the index of its series, with the interval over trials."
-    fig, ax = plt.subplots(figsize=(7, 3.2), layout="constrained")
+    fig, ax = plt.subplots(figsize=(8, 3.4), layout="constrained")
     for i, (method, rs) in enumerate(by_method(records).items()):
         m = _mean_over_trials(rs, metric)
         ax.errorbar(
@@ -240,7 +246,7 @@ def _by_method_plot(
     ax.set(xlabel=x, ylabel=y)
     ax.xaxis.get_major_locator().set_params(integer=True)
     ax.grid(alpha=0.3)
-    fig.legend(fontsize=8, loc="outside right upper")
+    fig.legend(fontsize=8, loc="outside right center")
     return _finish(fig, records, title)
 
 
@@ -270,10 +276,15 @@ def convergence_figure(records: Sequence[Record]) -> plt.Figure:
 def matrix_figure(records: Sequence[Record]) -> plt.Figure:
     "Mean accuracy matrix of each method, in percent, with backward transfer in the title."
     groups, n = by_method(records), records[0].config.tasks
-    fig, axs = _panels(len(groups), 1.2 + 0.34 * n, 0.9 + 0.32 * n)
+    fig, axs = _panels(len(groups), 1.2 + 0.34 * n, 1.1 + 0.32 * n)
+    matrices = {
+        method: 100 * sum(accuracy_matrix(r.history).to_numpy() for r in rs) / len(rs)
+        for method, rs in groups.items()
+    }
+    highest = max(1, *map(np.nanmax, matrices.values()))  # one scale of colours for all methods
     for ax, (method, rs) in zip(axs, groups.items()):
-        R = 100 * sum(accuracy_matrix(r.history).to_numpy() for r in rs) / len(rs)
-        ax.imshow(R, cmap="viridis", vmin=0, vmax=max(np.nanmax(R), 1))
+        R = matrices[method]
+        ax.imshow(R, cmap="viridis", vmin=0, vmax=highest)
         for i in range(n):
             for j in range(i + 1):
                 ax.text(
@@ -283,12 +294,11 @@ def matrix_figure(records: Sequence[Record]) -> plt.Figure:
                     ha="center",
                     va="center",
                     fontsize=7,
-                    color="w" if R[i, j] < 0.6 * np.nanmax(R) else "k",
+                    color="w" if R[i, j] < 0.6 * highest else "k",
                 )
         bwt = mean_ci([r.summary["backward_transfer"] * 100 for r in rs])[0]
-        ax.set_title(
-            title_of(method) + ("" if np.isnan(bwt) else f", backward transfer {bwt:+.1f}"), fontsize=9
-        )
+        transfer = "" if np.isnan(bwt) else f"\nbackward transfer {bwt:+.1f}"
+        ax.set_title(title_of(method) + transfer, fontsize=9)
         ax.set_xticks(range(n), range(1, n + 1), fontsize=7)
         ax.set_yticks(range(n), range(1, n + 1), fontsize=7)
     fig.supxlabel("test accuracy on task", fontsize=9)
@@ -368,16 +378,19 @@ def cost_of_errors(records: Sequence[Record]) -> pd.DataFrame:  # a row for each
 def error_curves(records: Sequence[Record]) -> plt.Figure:
     "Mean test error over tasks and trials by epoch, a panel for each fraction."
     groups = by_fraction(records)
-    fig, axs = _panels(len(groups), 4.6, 3.2, sharex=True)
+    fig, axs = _panels(len(groups), 4.6 if len(groups) > 1 else 7, 3.4, sharex=True)
     for ax, (fraction, group) in zip(axs, groups.items()):
         for i, (method, rs) in enumerate(by_method(group).items()):
             error = 100 * (1 - pd.concat([task_means(r.history).test for r in rs], axis=1).mean(axis=1))
             style = dict(color=f"C{i % 10}", ls=["-", "--"][i // 10 % 2], lw=1.2)
             ax.plot(error[error.index > 0], label=title_of(method), **style)
-        ax.set(title=fraction, yscale="log")
+        ax.set_title(fraction, fontsize=9)
+        ax.set_yscale("log")
+        ax.yaxis.set(
+            major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:g}", minor_formatter=NullFormatter()
+        )
         ax.grid(alpha=0.3, which="both")
-    handles, labels = axs[0].get_legend_handles_labels()
-    fig.legend(handles, labels, fontsize=8, loc="outside right upper")
+    fig.legend(*axs[0].get_legend_handles_labels(), fontsize=8, loc="outside right center")
     fig.supxlabel("epochs of all tasks together", fontsize=9)
     fig.supylabel("test error (%)", fontsize=9)
     return _finish(fig, records, "Mean test error in multi-task learning")
