@@ -30,7 +30,7 @@ from .images import Images
 from .learner import Callback
 from .multitask import COUNTS, MultiTask, multitask_dataset
 from .networks import METHODS, Method, build_shapes, can_build, count_parameters
-from .runs import PACKAGE, TRAINING, Record, RunConfig, run_together
+from .runs import PACKAGE, SAME, TRAINING, Record, RunConfig, made_with, run_together
 from .tasks import DATASETS, DataSet, Task, task_sequence
 
 # %% auto #0
@@ -121,13 +121,19 @@ def epochs_of(config: RunConfig) -> int:
     return len(config.task_of_epoch) * (2 if METHODS[config.method].network.starts_from else 1)
 
 
-def epochs_done(folder: Path, epochs: int) -> int:
-    "How many of so many epochs the files in a folder know to be over."
-    if (folder / "summary.json").exists():
-        return epochs
-    done = 0
+def epochs_done(
+    config: RunConfig, folder: Path, about: dict[str, Any]  # data, code, versions and device of today
+) -> int:
+    "How many epochs of a run are over by its files; none where something else has made them."
+    done, unreadable = 0, (SafetensorError, OSError, KeyError, TypeError, ValueError)
+    with suppress(*unreadable):
+        made = json.loads((folder / "config.json").read_text(encoding="utf-8"))["made_with"]
+        if any(made[k] != about[k] for k in SAME):
+            return 0
+        if (folder / "summary.json").exists():
+            return epochs_of(config)
     for name in ("pretraining", "checkpoint"):
-        with suppress(SafetensorError, OSError, KeyError, TypeError, ValueError):
+        with suppress(*unreadable):
             with safe_open(folder / f"{name}.safetensors", "pt") as f:
                 done += int(f.metadata()["epochs"])
     return done
@@ -136,17 +142,22 @@ def epochs_done(folder: Path, epochs: int) -> int:
 class Watch:
     "One bar over the epochs that are left of all runs, and a printed line whenever a task or a run is over."
 
-    def __init__(self, titles: dict[RunConfig, str], output_dir: Path):
-        self.titles, self.output_dir = titles, output_dir
-        self.left = {c: epochs_of(c) - epochs_done(output_dir / c.name, epochs_of(c)) for c in titles}
+    def __init__(
+        self,
+        titles: dict[RunConfig, str],
+        left: dict[RunConfig, int],  # epochs
+        output_dir: Path,
+    ):
+        self.titles, self.left, self.output_dir = titles, left, output_dir
         self.done, self.printed, self.seen = dict.fromkeys(titles, 0), dict.fromkeys(titles, 0), {}
-        self.bar = progress_bar(range(max(1, sum(self.left.values()))))
+        self.bar = progress_bar(range(sum(left.values())))
+        self.shown = None if self.bar.total else 0  # no bar where there is nothing to wait for
         self.over, self.lock = threading.Event(), threading.Lock()
 
     def __enter__(self):
         for c in self.titles:
             self.path(c).unlink(missing_ok=True)
-        self.bar.update(0)
+        self.show()
         self.thread = threading.Thread(target=self.follow, daemon=True)
         self.thread.start()
         return self
@@ -154,6 +165,12 @@ class Watch:
     def __exit__(self, *error):
         self.over.set()
         self.thread.join()
+
+    def show(self):
+        done = sum(self.done.values())
+        if done != self.shown:
+            self.bar.update(done)
+            self.shown = done
 
     def path(self, config: RunConfig) -> Path:
         return self.output_dir / config.name / "progress.json"
@@ -177,7 +194,7 @@ class Watch:
         for line in news["lines"][self.printed[config] :]:
             print(f"{self.titles[config]}{line}", flush=True)
         self.printed[config] = len(news["lines"])
-        self.bar.update(sum(self.done.values()))
+        self.show()
 
     def finish(self, config: RunConfig, line: str = ""):
         "A run is over."
@@ -189,7 +206,7 @@ class Watch:
             if line:
                 print(f"{self.titles[config]}: {line}", flush=True)
             self.done[config] = self.left[config]
-            self.bar.update(sum(self.done.values()))
+            self.show()
 
 # %% ../nbs/32_studies.ipynb #56d0e047
 @contextmanager
@@ -290,7 +307,14 @@ class Study:
         notes = dict.fromkeys(METHODS[c.method].note for c in self.configs if not c.together)
         return "\n".join(lines + [""] + [f"* {note}" for note in notes if note])
 
-    def check_space(self) -> None:
+    def epochs_left(self) -> dict[RunConfig, int]:
+        "Epochs of each run that are still to be trained."
+        today = {m: made_with(self.images, self.device, METHODS[m]) for m in {c.method for c in self.configs}}
+        about = {m: made | dict(threads=self.threads) for m, made in today.items()}
+        done = lambda c: epochs_done(c, self.output_dir / c.name, about[c.method])
+        return {c: epochs_of(c) - done(c) for c in self.configs}
+
+    def check_space(self, left: Sequence[RunConfig]) -> None:
         "Refuse a study whose networks, and checkpoints of those that are trained side by side, do not fit on the disk."
 
         @lru_cache
@@ -298,7 +322,6 @@ class Study:
             return 4 * count_parameters(build_shapes(method, DATASETS[dataset].architecture, tasks))
 
         tasks, trials = self.configs[0].tasks, 1 + max(c.trial for c in self.configs)
-        left = [c for c in self.configs if not (self.output_dir / c.name / "summary.json").exists()]
         sizes = sorted(size(c.method, c.dataset) for c in left)
         checkpoints = 6  # three for a moment, each with a network and its optimizers' mean squares
         needed = sum(sizes) + checkpoints * sum(sizes[-self.workers * (trials if self.stack else 1) :])
@@ -313,14 +336,15 @@ class Study:
 
     def run(self) -> list[Record]:
         "Carry out all runs; complete records are used again, and interrupted runs go on from their checkpoints."
-        self.check_space()
+        epochs = self.epochs_left()
+        self.check_space([c for c in self.configs if epochs[c]])
         fraction = {c: getattr(DATASETS[c.dataset], "fraction", "") for c in self.configs}
         titles = {
             c: f"{METHODS[c.method].title}{f' at {fraction[c]}' if fraction[c] else ''}, trial {c.trial + 1}"
             for c in self.configs
         }
         left, results, deaths = list(self.configs), {}, 0
-        with Watch(titles, self.output_dir) as watch:
+        with Watch(titles, epochs, self.output_dir) as watch:
 
             def finish(c: RunConfig, result: Record | Failure):
                 failed = isinstance(result, Failure)
