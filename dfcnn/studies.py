@@ -128,7 +128,7 @@ def epochs_done(
     done, unreadable = 0, (SafetensorError, OSError, KeyError, TypeError, ValueError)
     with suppress(*unreadable):
         made = json.loads((folder / "config.json").read_text(encoding="utf-8"))["made_with"]
-        if any(made[k] != about[k] for k in SAME):
+        if any(made.get(k) != about[k] for k in SAME):
             return 0
         if (folder / "summary.json").exists():
             return epochs_of(config)
