@@ -28,7 +28,9 @@ def contract(
     U: torch.Tensor,  # (c, c_in, c_out)
 ) -> torch.Tensor:  # W (c_out, c_in, h, w)
     "Combine the basis of filters into the filters of a convolution: Eq. 2."
-    return torch.einsum("khw,kab->bahw", D, U)
+    h, w = D.shape[1:]
+    W = D.flatten(1).T @ U.flatten(1)  # (h w, c_in c_out): the sum over k
+    return W.view(h, w, *U.shape[1:]).permute(3, 2, 0, 1).contiguous()
 
 # %% ../nbs/05_factorization.ipynb #b3d7e6d4
 def glorot_bound(*shape: int) -> float:

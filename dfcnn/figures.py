@@ -19,6 +19,7 @@ from .core import BadInput, writing
 from dfcnn.metrics import (
     accuracy_matrix,
     convergence_epochs,
+    convergence_step,
     forgetting_curve,
     mean_ci,
     peak_accuracy,
@@ -124,7 +125,8 @@ def caption(records: Sequence[Record]) -> str:
     per = "in all" if c.together else "per task"
     length = f"SHORT RUN: {c.short}" if c.short else f"the paper's schedule of {c.epochs} epochs {per}"
     few = "" if trials >= paper.trials else f" (paper: {paper.trials})"
-    return f"{DATASETS[c.dataset].title}. {trials} trial{'s' if trials > 1 else ''}{few}, {length}."
+    scored = "" if c.together or c.score_every == 1 else f", scored every {c.score_every} epochs (paper: every one)"
+    return f"{DATASETS[c.dataset].title}. {trials} trial{'s' if trials > 1 else ''}{few}, {length}{scored}."
 
 # %% ../nbs/33_figures.ipynb #bc6e8c41
 def peak_table(records: Sequence[Record]) -> pd.DataFrame:  # a row for each method, values as text
@@ -138,6 +140,8 @@ def peak_table(records: Sequence[Record]) -> pd.DataFrame:  # a row for each met
     everything = c.tasks == len(DATASETS[c.dataset].groups())
     for method, rs in by_method(records).items():
         title = title_of(method)
+        step = max(convergence_step(r.history) for r in rs)
+        finely = f" (to {step})" if step > 1 else ""
         row = {
             "parameters": f"{np.mean([r.summary['parameters'] for r in rs]):,.0f}",
             "peak accuracy (%)": cell(rs, "peak_accuracy", scale=100),
@@ -146,7 +150,7 @@ def peak_table(records: Sequence[Record]) -> pd.DataFrame:  # a row for each met
             "forgetting ratio": cell(rs, "forgetting_ratio", "{:.3f}"),
             "of the end": cell(rs, "forgetting_ratio_of_end", "{:.3f}"),
             "backward transfer (points)": cell(rs, "backward_transfer", "{:+.1f}", 100),
-            "epochs to 98% of peak": cell(rs, "convergence_epochs"),
+            "epochs to 98% of peak": cell(rs, "convergence_epochs") + finely,
             "training (s)": cell(rs, "training_seconds", "{:.0f}", more="pretraining_seconds"),
             "evaluation (s)": cell(rs, "evaluation_seconds", "{:.0f}"),
         }
@@ -262,13 +266,14 @@ def forgetting_figure(records: Sequence[Record]) -> plt.Figure:
 
 
 def convergence_figure(records: Sequence[Record]) -> plt.Figure:
-    "Epochs to 98% of the peak accuracy, for each task in order (Fig. 5c)."
+    "Epochs to 98% of the peak accuracy, for each task in order (Fig. 5c), and how finely they are known."
+    step = max(convergence_step(r.history) for r in records)
     return _by_method_plot(
         records,
         convergence_epochs,
         "Speed of convergence (as Fig. 5c)",
         "task",
-        "epochs to 98% of peak",
+        f"epochs to 98% of peak{f' (to {step})' if step > 1 else ''}",
         shift=1,
     )
 

@@ -29,9 +29,9 @@ with warnings.catch_warnings():  # fastai 2.8 imports parts of torch that are ab
     from fastai.optimizer import OptimWrapper
 
 # %% auto #0
-__all__ = ['HISTORY', 'SPLITS', 'sum_cross_entropy', 'TaskBatches', 'on_device', 'SeedEpochs', 'TaskSwitch', 'InverseTimeDecay',
-           'lifelong_schedule', 'multitask_schedule', 'tally', 'score', 'moment', 'seconds_between', 'Measured',
-           'Evaluate', 'TaskLearner', 'task_learner', 'lifelong_learner', 'train', 'Audit']
+__all__ = ['HISTORY', 'SPLITS', 'sum_cross_entropy', 'TaskBatches', 'placed', 'on_device', 'SeedEpochs', 'TaskSwitch',
+           'InverseTimeDecay', 'lifelong_schedule', 'multitask_schedule', 'tally', 'score', 'moment', 'seconds_between',
+           'Measured', 'Evaluate', 'TaskLearner', 'task_learner', 'lifelong_learner', 'train', 'Audit']
 
 # %% ../nbs/21_learner.ipynb #5efb9065
 def sum_cross_entropy(
@@ -79,10 +79,15 @@ class TaskBatches:
             yield x[batch], self.task, y[batch]
 
 
+def placed(data: Split, device: torch.device) -> Split:
+    "The same images on `device`, in the order of memory that is fastest there."
+    order = torch.channels_last if device.type == "cpu" else torch.contiguous_format
+    return Split(data.x.to(device).contiguous(memory_format=order), data.y.to(device))
+
+
 def on_device(tasks: Sequence[Task], device: torch.device) -> list[Task]:
     "The same tasks with all their images on `device`."
-    move = lambda split: Split(*(o.to(device) for o in split))
-    return [Task(t.name, t.classes, move(t.train), move(t.valid), move(t.test)) for t in tasks]
+    return [Task(t.name, t.classes, *(placed(s, device) for s in (t.train, t.valid, t.test))) for t in tasks]
 
 # %% ../nbs/21_learner.ipynb #89fcf444
 class SeedEpochs(Callback):
@@ -219,7 +224,8 @@ def tally(
 def score(
     network: LifelongNetwork, data: Split, task: int, batch_size: int | None = None  # as in `tally`
 ) -> tuple[float, float]:  # accuracy (0 to 1), mean cross-entropy per image
-    "Accuracy and loss of one task on one set of images."
+    "Accuracy and loss of one task on one set of images, which are moved to the network's device."
+    data = placed(data, network.n_tasks.device)
     correct, loss = tally(network, data, task, batch_size).tolist()
     return correct / len(data.y), loss / len(data.y)
 
@@ -273,8 +279,10 @@ class Evaluate(Callback):
         tasks: Sequence[Task],  # on the device
         eval_every: int | None = 1,  # epochs between two scores of earlier tasks; None: nothing is scored
         together: bool = False,  # score all tasks every `eval_every` epochs, and none in between
+        score_every: int = 1,  # epochs between two scores of the task in hand, where tasks come one by one
     ):
         self.eval_tasks, self.eval_every, self.together = tasks, eval_every, together
+        self.score_every = score_every
         self.scores: list[tuple] = []
         self.unread: list[Measured] = []
         self.learned: set[int] = set()
@@ -394,7 +402,9 @@ class Evaluate(Callback):
             scored = range(len(self.eval_tasks)) if due else []
         else:
             due = self.eval_every and (self.task_ends or done % self.eval_every == 0)
-            scored = [*(sorted(self.learned - {self.learn.task}) if due else []), self.learn.task]
+            scored = sorted(self.learned - {self.learn.task}) if due else []
+            if due or done % self.score_every == 0:
+                scored.append(self.learn.task)
         self.evaluate(now, done, scored)
         raise CancelValidException()
 
@@ -430,6 +440,7 @@ def task_learner(
     device: torch.device | str = "cpu",
     cbs: Sequence[Callback] = (),  # more callbacks
     together: bool = False,  # are all tasks there from the start?
+    score_every: int = 1,  # epochs between two scores of the task in hand, where tasks come one by one
 ) -> TaskLearner:  # `learn.evaluate.history` is the table of scores after `train(learn)`
     "A fastai Learner that learns `tasks` as the schedule says."
     if len(tasks) > network.max_tasks:
@@ -474,7 +485,7 @@ def task_learner(
             SeedEpochs(seed),
             TaskSwitch(schedule, together),
             InverseTimeDecay(lr, decay),
-            Evaluate(tasks, eval_every, together),
+            Evaluate(tasks, eval_every, together, score_every),
             *network.callbacks(),
             *cbs,
         ],

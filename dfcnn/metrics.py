@@ -15,8 +15,8 @@ from .core import check_choice
 
 # %% auto #0
 __all__ = ['own_phase', 'peak_accuracy', 'accuracy_at_best_valid', 'accuracy_matrix', 'forgetting_ratio', 'forgetting_curve',
-           'backward_transfer', 'convergence_epochs', 'seconds', 'mean_ci', 'task_means', 'summarize_together',
-           'summarize']
+           'backward_transfer', 'convergence_epochs', 'convergence_step', 'seconds', 'mean_ci', 'task_means',
+           'summarize_together', 'summarize']
 
 # %% ../nbs/30_metrics.ipynb #7f8412ea
 def own_phase(
@@ -88,6 +88,11 @@ def convergence_epochs(
     enough = own[own.accuracy >= share * own.groupby(level=0).accuracy.transform("max")]
     return enough.groupby(level=0).task_epoch.min()
 
+# %% ../nbs/30_metrics.ipynb #7224dbf9
+def convergence_step(history: pd.DataFrame) -> int:
+    "Epochs between two scores of a task in its own phase, the most there are: what `convergence_epochs` is known to."
+    return int(own_phase(history).groupby(level=0).task_epoch.agg(lambda e: e.diff().fillna(e).max()).max())
+
 # %% ../nbs/30_metrics.ipynb #7a75675f
 def seconds(history: pd.DataFrame) -> pd.Series:  # 'training', 'evaluation'
     "Seconds spent on training and on evaluation."
@@ -142,6 +147,7 @@ def summarize(history: pd.DataFrame) -> dict[str, float]:
         forgetting_ratio_of_end=float(forgetting_ratio(history, of="end").iloc[-1].iloc[:-1].mean()),
         backward_transfer=backward_transfer(history),
         convergence_epochs=float(convergence_epochs(history).mean()),
+        convergence_step=convergence_step(history),
         training_seconds=float(seconds(history).training),
         evaluation_seconds=float(seconds(history).evaluation),
     )

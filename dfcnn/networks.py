@@ -10,6 +10,7 @@ import inspect
 import json
 import os
 from dataclasses import dataclass, replace
+from functools import reduce
 from importlib import import_module
 
 import torch
@@ -84,7 +85,10 @@ def max_pool_same(
     if spare_h or spare_w:
         before_h, before_w = spare_h // 2, spare_w // 2
         x = F.pad(x, (before_w, spare_w - before_w, before_h, spare_h - before_h), value=-torch.inf)
-    return F.max_pool2d(x, size)
+    if torch.is_grad_enabled() or x.device.type != "cpu":
+        return F.max_pool2d(x, size)
+    x = reduce(torch.maximum, (x[..., i::size] for i in range(size)))
+    return reduce(torch.maximum, (x[..., i::size, :] for i in range(size)))
 
 
 def conv_block(
@@ -96,8 +100,8 @@ def conv_block(
 ) -> torch.Tensor:
     "Convolution with `SAME` padding, ReLU, max-pooling."
     x = F.conv2d(x, W, b, padding=W.shape[-1] // 2)
-    x = F.relu(x if lateral is None else x + lateral)
-    return max_pool_same(x, pool) if pool else x
+    x = x if lateral is None else x + lateral
+    return F.relu(max_pool_same(x, pool) if pool else x)
 
 # %% ../nbs/10_networks.ipynb #b7d53315
 def weight(shape: tuple[int, ...], generator: torch.Generator) -> nn.Parameter:

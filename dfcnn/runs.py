@@ -80,6 +80,7 @@ class RunConfig:
     trial: int = 0
     seed: int = 0
     schedule: str = "lifelong"  # or, for all tasks together, the way to draw one: "uniform", "round-robin"
+    score_every: int = 1  # epochs between two scores of the task in hand, where tasks come one by one
 
     @property
     def name(self) -> str:
@@ -338,7 +339,12 @@ class Attempt:
         self.keeps.append(KeepHistory(self.folder / "checkpoint.safetensors", self.every))
         cbs = [self.keeps[-1], *self.cbs]
         return task_learner(
-            self.network, self.tasks, **self.hyper, eval_every=self.config.eval_every, cbs=cbs
+            self.network,
+            self.tasks,
+            **self.hyper,
+            eval_every=self.config.eval_every,
+            score_every=self.config.score_every,
+            cbs=cbs,
         )
 
     def finish(self, history: pd.DataFrame) -> None:

@@ -15,7 +15,6 @@ import traceback
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from itertools import groupby
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Callable, Iterator, Sequence
@@ -24,18 +23,28 @@ import joblib
 import torch
 from fastprogress import progress_bar
 from safetensors import SafetensorError, safe_open
+from torch.utils.flop_counter import FlopCounterMode
 
 from .core import BadInput, check_choice, check_number, pick_device, write_text
 from .images import Images
 from .learner import Callback
 from .multitask import COUNTS, MultiTask, multitask_dataset
-from .networks import METHODS, Method, build_shapes, can_build, count_parameters
+from dfcnn.networks import (
+    METHODS,
+    LifelongNetwork,
+    Method,
+    build_network,
+    build_shapes,
+    can_build,
+    count_parameters,
+)
 from .runs import PACKAGE, SAME, TRAINING, Record, RunConfig, made_with, run_together
 from .tasks import DATASETS, DataSet, Task, task_sequence
 
 # %% auto #0
 __all__ = ['Failure', 'carry_out', 'ReportProgress', 'epochs_of', 'epochs_done', 'Watch', 'cluster', 'RunsFailed', 'WorkerDied',
-           'Study', 'pick_methods', 'scoring_interval', 'lifelong_study', 'multitask_study', 'notebook_parameters']
+           'step_flops', 'Study', 'pick_methods', 'scoring_interval', 'lifelong_study', 'multitask_study',
+           'notebook_parameters']
 
 # %% ../nbs/32_studies.ipynb #16317ffb
 @dataclass
@@ -240,6 +249,20 @@ class RunsFailed(RuntimeError):
 class WorkerDied(RuntimeError):
     "A worker process ended without a word."
 
+# %% ../nbs/32_studies.ipynb #a46e1ff8
+def step_flops(method: str, architecture: str, n_tasks: int, batch_size: int = 10) -> int:
+    "Arithmetic of a training step of the last task, as the network starts: how long a run will take beside others."
+
+    def count(network: LifelongNetwork) -> int:
+        images = torch.empty(batch_size, *network.arch.input, device=network.n_tasks.device)
+        with FlopCounterMode(display=False) as counted:
+            network(images, n_tasks - 1).sum().backward()
+        return counted.get_total_flops()
+
+    with suppress(RuntimeError):  # a network that looks at its values, as DEN does
+        return count(build_shapes(method, architecture, n_tasks))
+    return count(build_network(method, architecture, n_tasks=n_tasks))
+
 # %% ../nbs/32_studies.ipynb #b80a7247
 @dataclass
 class Study:
@@ -275,11 +298,16 @@ class Study:
             if c.together
             else f"{c.epochs} epochs each"
         )
+        scored = (
+            f"All tasks are scored every {c.eval_every} epochs."
+            if c.together
+            else f"The task in hand is scored every {c.score_every} epochs, earlier ones every {c.eval_every}."
+        ).replace("every 1 epochs", "every epoch")
         lines = [
             (
                 f"**{'; '.join(titles)}**: {c.tasks} tasks, {epochs}, {trials}"
                 f" trial{'s' if trials > 1 else ''}, on {self.device}. Mini-batches of {c.batch_size},"
-                f" learning rate {c.lr:g}, decay {c.decay:g} per epoch, seed {c.seed}."
+                f" learning rate {c.lr:g}, decay {c.decay:g} per epoch, seed {c.seed}. {scored}"
             ),
             "",
         ]
@@ -343,7 +371,8 @@ class Study:
             c: f"{METHODS[c.method].title}{f' at {fraction[c]}' if fraction[c] else ''}, trial {c.trial + 1}"
             for c in self.configs
         }
-        left, results, deaths = list(self.configs), {}, 0
+        work = {c: epochs[c] * step_flops(c.method, self.dataset.architecture, c.tasks) for c in self.configs}
+        left, results, deaths = sorted(self.configs, key=work.get, reverse=True), {}, 0
         with Watch(titles, epochs, self.output_dir) as watch:
 
             def finish(c: RunConfig, result: Record | Failure):
@@ -380,8 +409,10 @@ class Study:
         "Results of runs as they come; a single run is carried out in this process, or else `apart` from it."
         groups = [[c] for c in configs]
         if self.stack:
-            alike = lambda c: (c.method, c.dataset)
-            groups = [list(group) for _, group in groupby(sorted(configs, key=alike), key=alike)]
+            trials: dict[tuple[str, str], list[RunConfig]] = {}
+            for config in configs:
+                trials.setdefault((config.method, config.dataset), []).append(config)
+            groups = list(trials.values())
         workers = max(min(self.workers, len(groups)), 1 + apart)
         here = self.scheduler is None and workers == 1
         where = dict(
@@ -429,9 +460,9 @@ def pick_methods(methods: str | list[str], architecture: str, together: bool = F
     return names
 
 
-def scoring_interval(epochs: int) -> int:
-    "Epochs between two scores of the tasks learned before: twenty per task, but never oftener than every tenth."
-    return max(10, epochs // 20)
+def scoring_interval(epochs: int, times: int, at_least: int = 1) -> int:
+    "Epochs between two scores, so that there are at most so many `times` per task, and `at_least` so many epochs between two."
+    return max(at_least, -(-epochs // times))
 
 
 def lifelong_study(
@@ -444,7 +475,8 @@ def lifelong_study(
     data_dir: str | None = None,  # the user's images; None: download, or drawn by the package
     output_dir: str = "reports/lifelong",  # records go to <output_dir>/<dataset>
     device: str = "auto",
-    eval_every: int | None = None,  # epochs between two scores of earlier tasks; None: see `scoring_interval`
+    score_every: int | None = None,  # epochs between two scores of the task in hand; None: 200 times per task at most
+    eval_every: int | None = None,  # of earlier tasks; None: 20 times, and every tenth epoch at most
     workers: int | None = None,  # runs side by side; None: one for each core, and one on a GPU
     threads: int = 1,  # of each run, on a CPU
     scheduler: str | None = None,  # address of a dask scheduler, whose workers carry out the runs
@@ -453,13 +485,17 @@ def lifelong_study(
 ) -> Study:
     "Check everything, load the images, and list the runs: every method on the same trials."
     dataset = DATASETS[check_choice("data set", dataset, [d for d in DATASETS if not _is_multitask(d)])]
+    if score_every is None and epochs is None:
+        score_every = dataset.look_every
     epochs = dataset.look if epochs is None else check_number("epochs", epochs, 1)
-    eval_every = scoring_interval(epochs) if eval_every is None else check_number("eval_every", eval_every, 1)
+    score_every = scoring_interval(epochs, 200) if score_every is None else score_every
+    eval_every = scoring_interval(epochs, 20, 10) if eval_every is None else eval_every
+    every = check_number("score_every", score_every, 1), check_number("eval_every", eval_every, 1)
     common = dict(methods=methods, trials=trials, seed=seed, data_dir=data_dir, output_dir=output_dir)
     engine = dict(
         device=device, workers=workers, threads=threads, scheduler=scheduler, stack=stack, tf32=tf32
     )
-    return _study([dataset], dataset.name, "lifelong", epochs, eval_every, tasks, **common, **engine)
+    return _study([dataset], dataset.name, "lifelong", epochs, every, tasks, **common, **engine)
 
 
 def multitask_study(
@@ -495,10 +531,10 @@ def multitask_study(
     datasets = list({d.name: d for d in datasets}.values())
     draw = check_choice("draw", draw, ["uniform", "round-robin"])
     epochs = datasets[0].look if epochs is None else check_number("epochs", epochs, 1)
-    eval_every = check_number("eval_every", eval_every, 1)
+    every = 1, check_number("eval_every", eval_every, 1)
     common = dict(methods=methods, trials=trials, seed=seed, data_dir=data_dir, output_dir=output_dir)
     engine = dict(device=device, workers=workers, threads=threads, scheduler=scheduler, stack=None, tf32=tf32)
-    return _study(datasets, f"{dataset}-{distribution}", draw, epochs, eval_every, **common, **engine)
+    return _study(datasets, f"{dataset}-{distribution}", draw, epochs, every, **common, **engine)
 
 
 def _is_multitask(dataset: str) -> bool:
@@ -510,7 +546,7 @@ def _study(
     folder: str,
     schedule: str,
     epochs: int,
-    eval_every: int,
+    every: tuple[int, int],  # epochs between two scores of the task in hand, and of earlier tasks
     tasks: int | None = None,
     *,
     methods: str | list[str],
@@ -549,9 +585,10 @@ def _study(
         batch_size=training.batch_size,
         lr=training.lr,
         decay=training.decay,
-        eval_every=eval_every,
+        eval_every=every[1],
         seed=check_number("seed", seed, 0),
         schedule=schedule,
+        score_every=every[0],
     )
     for name, value in dict(stack=stack, tf32=tf32).items():
         if not isinstance(value, bool) and not (name == "stack" and value is None):

@@ -143,6 +143,7 @@ class DataSet:
     standardized: bool
     look: int  # epochs per task of a run that is a first look and no reproduction: see `runs`
     stand_in: str = ""  # what the images are, where they are not the paper's
+    look_every: int = 1  # epochs between two scores of the task in hand in that first look
 
     def draw(self, images: Images, name: str, classes: list[str], generator: torch.Generator) -> Task:
         "Draw one task's three sets, scale them, and give the classes labels in the order of `classes`."
@@ -176,8 +177,9 @@ DATASETS = {
             shapes_groups,
             CIFAR_SPLIT,
             True,
-            look=6,
+            look=20,
             stand_in=DRAWN,
+            look_every=5,
         ),
         DataSet(
             "shapes-home",
