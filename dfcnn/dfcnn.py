@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from .core import BadInput, stream
-from .factorization import Direct, TwoContractions, TwoStage, new_knowledge_base
-from .networks import Architecture, Head, LifelongNetwork, Parts, register
+from .factorization import Direct, TwoContractions, TwoStage, kernel_of, new_knowledge_base
+from .networks import Architecture, Head, LifelongNetwork, Parts
 
 # %% auto #0
 __all__ = ['SIZES', 'Sizes', 'scaled', 'DFCNN', 'DFCNNDirect', 'DFCNNtc2']
@@ -65,8 +65,6 @@ SIZES = {  # authors' code, apart from the reduced ones
 }
 
 # %% ../nbs/11_dfcnn.ipynb #cdd5748a
-@register("DF-CNN-reduced", "DF-CNN (reduced)", size="reduced")
-@register("DF-CNN")
 class DFCNN(LifelongNetwork):
     "The deconvolutional factorized CNN (Sec. 2)."
 
@@ -87,6 +85,13 @@ class DFCNN(LifelongNetwork):
                 f" for {', '.join(known)}. Pass `sizes`."
             )
         self.sizes = sizes or known[arch.name]
+        kernels = tuple(kernel_of(kb[0]) for kb in self.sizes.kb)
+        if kernels != arch.kernels or len(self.sizes.c) != len(kernels):
+            raise BadInput(
+                f"Knowledge bases of sides {[kb[0] for kb in self.sizes.kb]} give kernels of {[*kernels]}, and there"
+                f" are {len(self.sizes.c)} transforms, but '{arch.name}' has kernels of {[*arch.kernels]}. A side"
+                " of n gives a kernel of 2n - 1."
+            )
         shapes = [self.generator.kb_shape(kb) for kb in self.sizes.kb]
         self.kb = nn.ParameterList(
             new_knowledge_base(s, stream(seed, "init", "kb", l)) for l, s in enumerate(shapes)
@@ -106,14 +111,12 @@ class DFCNN(LifelongNetwork):
         return [generate(kb) for generate, kb in zip(self.tasks[task].generators, self.kb)]
 
 
-@register("DF-CNN.direct")
 class DFCNNDirect(DFCNN):
     "The ablation without tensor contraction (App. A, a)."
 
     generator = Direct
 
 
-@register("DF-CNN.tc2")
 class DFCNNtc2(DFCNN):
     "The ablation with two tensor contractions (App. A, b)."
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .core import stream
-from .networks import Architecture, Head, LifelongNetwork, Parts, bias, register, weight
+from .networks import Architecture, Head, LifelongNetwork, Parts, bias, weight
 
 with warnings.catch_warnings():  # fastai 2.8 imports parts of torch that are about to go
     warnings.simplefilter("ignore")
@@ -58,9 +58,6 @@ def append(older: torch.Tensor | None, new: Units) -> torch.Tensor:  # all units
     return new.W if older is None else torch.cat([torch.cat([older, new.into], 1), new.W])
 
 # %% ../nbs/15_expandable.ipynb #e4549390
-@register(
-    "DEN", note="DEN grows while it trains: before a run, its parameters are those that it starts with."
-)
 class DEN(LifelongNetwork):
     "The dynamically expandable network of Yoon et al. (2018), for convolutions."
 

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 
 # %% auto #0
-__all__ = ['deconvolve', 'contract', 'glorot_bound', 'glorot', 'glorot_bias', 'new_knowledge_base', 'TwoStage', 'Direct',
-           'TwoContractions']
+__all__ = ['deconvolve', 'kernel_of', 'contract', 'glorot_bound', 'glorot', 'glorot_bias', 'new_knowledge_base', 'TwoStage',
+           'Direct', 'TwoContractions']
 
 # %% ../nbs/05_factorization.ipynb #866cf95f
 def deconvolve(
@@ -21,6 +21,11 @@ def deconvolve(
 ) -> torch.Tensor:  # D (c, h, w) with h = 2(ĥ - 1) + 1
     "Enlarge a knowledge base into a task's basis of filters: Eq. 1."
     return F.conv_transpose2d(kb[None], V, bias, stride=2, padding=1)[0]
+
+
+def kernel_of(side: int) -> int:
+    "Side h of the filters that a knowledge base of side ĥ gives."
+    return 2 * (side - 1) + 1
 
 # %% ../nbs/05_factorization.ipynb #b22de94d
 def contract(

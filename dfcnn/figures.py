@@ -27,7 +27,8 @@ from dfcnn.metrics import (
     task_means,
 )
 from .multitask import MultiTask
-from .networks import METHODS, build_shapes, can_build, count_parameters, title_of
+from .networks import count_parameters
+from .registry import METHODS, build_shapes, can_build, title_of
 from .runs import TRAINING, Record
 from .tasks import DATASETS
 

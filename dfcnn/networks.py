@@ -5,29 +5,23 @@
 # %% ../nbs/10_networks.ipynb #a262c0a5
 from __future__ import annotations
 
-import hashlib
-import inspect
-import json
-import os
 from dataclasses import dataclass, replace
 from functools import reduce
-from importlib import import_module
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .core import BadInput, check_choice, stream
+from .core import BadInput, stream
 
 # %% auto #0
-__all__ = ['ARCHITECTURES', 'METHODS', 'Architecture', 'max_pool_same', 'conv_block', 'weight', 'bias', 'Convolutions', 'Dropout',
-           'Head', 'Parts', 'LifelongNetwork', 'Method', 'checksum_of', 'register', 'build_network', 'build_shapes',
-           'can_build', 'title_of', 'count_parameters']
+__all__ = ['ARCHITECTURES', 'Architecture', 'max_pool_same', 'conv_block', 'weight', 'bias', 'Convolutions', 'Dropout', 'Head',
+           'Parts', 'LifelongNetwork', 'count_parameters']
 
 # %% ../nbs/10_networks.ipynb #856722b1
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Architecture:
-    "The CNN of a task."
+    "The CNN of a task. Sizes that do not fit together are refused."
 
     name: str  # a method looks its own sizes up under this name
     input: tuple[int, int, int]  # channels, height, width
@@ -37,6 +31,17 @@ class Architecture:
     hidden: tuple[int, ...]  # hidden fully connected layers
     outputs: int  # classes of a task
     dropout: float = 0.5  # share of the flattened features that is left out in training
+
+    def __post_init__(self):
+        layers, kinds = (self.kernels, self.channels, self.pools), ("kernels", "channels", "pools")
+        if len({len(o) for o in layers}) > 1 or not self.kernels:
+            counts = ", ".join(f"{len(o)} {kind}" for o, kind in zip(layers, kinds))
+            raise BadInput(f"Architecture '{self.name}' has {counts}. Give one of each for every conv layer.")
+        if self.input[1] != self.input[2]:
+            raise BadInput(f"Architecture '{self.name}' takes images of {self.input}, which are not square.")
+        even = [k for k in self.kernels if k < 1 or k % 2 == 0]
+        if even:
+            raise BadInput(f"Architecture '{self.name}' has kernels of {even}; with `SAME` padding sides are odd.")
 
     @property
     def conv_shapes(self) -> list[tuple[int, int, int]]:
@@ -52,10 +57,32 @@ class Architecture:
         return self.channels[-1] * side * side
 
 
-_mnist = Architecture("mnist-5", (1, 28, 28), (5, 5), (32, 64), (2, 2), (32,), 2)
-_cifar = Architecture("cifar100", (3, 32, 32), (3, 3, 3, 3), (32, 32, 64, 64), (0, 2, 0, 2), (64,), 10)
+_mnist = Architecture(
+    name="mnist-5",
+    input=(1, 28, 28),
+    kernels=(5, 5),
+    channels=(32, 64),
+    pools=(2, 2),
+    hidden=(32,),
+    outputs=2,
+)
+_cifar = Architecture(
+    name="cifar100",
+    input=(3, 32, 32),
+    kernels=(3, 3, 3, 3),
+    channels=(32, 32, 64, 64),
+    pools=(0, 2, 0, 2),
+    hidden=(64,),
+    outputs=10,
+)
 _home = Architecture(
-    "officehome", (3, 128, 128), (11, 5, 3, 3), (64, 256, 256, 256), (3, 3, 2, 2), (256, 64), 13
+    name="officehome",
+    input=(3, 128, 128),
+    kernels=(11, 5, 3, 3),
+    channels=(64, 256, 256, 256),
+    pools=(3, 3, 2, 2),
+    hidden=(256, 64),
+    outputs=13,
 )
 _reduced = dict(channels=(24, 24, 48, 48), hidden=(32,))
 ARCHITECTURES = {
@@ -239,97 +266,6 @@ class LifelongNetwork(nn.Module):
         return super().load_state_dict(state, *args, **kwargs)
 
 # %% ../nbs/10_networks.ipynb #7ba100a6
-@dataclass(frozen=True)
-class Method:
-    "An entry of the list of methods."
-
-    name: str  # as the user types it
-    title: str  # as the paper writes it
-    network: type[LifelongNetwork]
-    size: str = ""  # "large" or "reduced": which of the data set's architectures, "" for the usual one
-    note: str = ""  # what a reader must know where it learns tasks one after the other
-    code: str = ""  # checksum of the network's source where it is not this package's
-
-
-METHODS: dict[str, Method] = {}
-
-
-def checksum_of(network: type) -> str:
-    "Checksum of what the classes outside this package say; something new where that cannot be told."
-    own = [c for c in network.__mro__ if c.__module__.partition(".")[0] not in ("dfcnn", "torch", "builtins")]
-    code = hashlib.sha256()
-    try:
-        for cls in own:
-            for name, value in vars(cls).items():
-                parts = [value]
-                if isinstance(value, property):
-                    parts = [f for f in (value.fget, value.fset, value.fdel) if f]
-                for part in (getattr(p, "__func__", p) for p in parts):
-                    if inspect.isfunction(part):
-                        code.update(inspect.getsource(part).encode())
-                    elif inspect.isclass(part):
-                        code.update(f"{name}: {part.__module__}.{part.__qualname__}".encode())
-                    elif not name.startswith("__"):
-                        code.update(f"{name}: {json.dumps(part)}".encode())  # refuses all but plain values
-    except (OSError, TypeError, ValueError):
-        return os.urandom(16).hex()
-    return code.hexdigest() if own else ""
-
-
-def register(name: str, title: str | None = None, size: str = "", note: str = ""):
-    "Class decorator: list a `LifelongNetwork` as a method. Use it twice to list the network in two sizes."
-
-    def add(network: type[LifelongNetwork]):
-        METHODS[name] = Method(name, title or name, network, size, note, checksum_of(network))
-        return network
-
-    return add
-
-
-def build_network(
-    method: str,  # a key of `METHODS`
-    architecture: str,  # a key of `ARCHITECTURES`, without its size
-    seed: int = 0,
-    n_tasks: int = 0,  # so many tasks are added at once
-    length: int | None = None,  # tasks that will come in all; None: `n_tasks`, or ten
-) -> LifelongNetwork:
-    "The network of a method for a data set."
-    if method not in METHODS:
-        import_module("dfcnn.runs")  # lists the methods of this package
-    m = METHODS[check_choice("method", method, METHODS)]
-    name = f"{architecture}-{m.size}" if m.size else architecture
-    arch = ARCHITECTURES[check_choice(f"architecture for {m.title}", name, ARCHITECTURES)]
-    network = m.network(arch, seed, length=length or n_tasks or 10)
-    for _ in range(n_tasks):
-        network.add_task()
-    return network
-
-
-def build_shapes(method: str, architecture: str, n_tasks: int = 0) -> LifelongNetwork:
-    "The network of a method to be looked at and not to be used: without values, where the method can do without."
-    try:
-        with torch.device("meta"):
-            return build_network(method, architecture, n_tasks=n_tasks)
-    except BadInput:
-        raise
-    except Exception:  # a method that looks at its values when it is built
-        return build_network(method, architecture, n_tasks=n_tasks)
-
-
-def can_build(method: str, architecture: str) -> bool:
-    "Is there a network of this method for this architecture?"
-    try:
-        build_shapes(method, architecture)
-    except BadInput:
-        return False
-    return True
-
-
-def title_of(method: str) -> str:
-    "The title of a method; its name where it is not listed in this process."
-    return METHODS[method].title if method in METHODS else method
-
-
 def count_parameters(network: nn.Module) -> int:
     "Number of trainable values."
     return sum(p.numel() for p in network.parameters())

@@ -16,7 +16,6 @@ from dfcnn.networks import (
     Parts,
     bias,
     conv_block,
-    register,
     weight,
 )
 
@@ -47,7 +46,6 @@ class Adapter(nn.Module):
         return F.conv2d(reduced, self.U, padding=self.U.shape[-1] // 2)
 
 # %% ../nbs/13_progressive.ipynb #6ab3143d
-@register("ProgNN")
 class ProgNN(LifelongNetwork):
     "Progressive neural network: one column for each task, with adapters from all columns before it."
 

@@ -21,17 +21,14 @@ import pandas as pd
 import torch
 from filelock import FileLock, Timeout
 
-import dfcnn.sharing  # lists STL, HPS and SNN
-import dfcnn.progressive  # lists ProgNN
-import dfcnn.expandable  # lists DEN
-import dfcnn.tensor_factorization  # lists TF
-import dfcnn.dfcnn  # lists DF-CNN and its ablations
+import dfcnn
 from .checkpoint import Checkpoint, load_tensors, save_tensors
 from .core import BadInput, stream_seed, write_text, writing
 from .images import Images
 from .learner import HISTORY, Callback, TaskLearner, lifelong_schedule, multitask_schedule, task_learner
 from .metrics import seconds, summarize, summarize_together
-from .networks import METHODS, LifelongNetwork, Method, build_network, count_parameters
+from .networks import LifelongNetwork, count_parameters
+from .registry import METHODS, Method, build_network
 from .optimizer import RMSProp
 from .stacking import train_together
 from .tasks import DATASETS, task_sequence

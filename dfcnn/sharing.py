@@ -9,14 +9,12 @@ import torch
 from torch import nn
 
 from .core import stream
-from .networks import Architecture, Convolutions, Head, LifelongNetwork, Parts, register
+from .networks import Architecture, Convolutions, Head, LifelongNetwork, Parts
 
 # %% auto #0
 __all__ = ['STL', 'HPS', 'SNN']
 
 # %% ../nbs/12_sharing.ipynb #231f1533
-@register("STL-large", "STL (large)", size="large")
-@register("STL")
 class STL(LifelongNetwork):
     "A network of its own for every task."
 
@@ -27,7 +25,6 @@ class STL(LifelongNetwork):
         return self.tasks[task].conv()
 
 # %% ../nbs/12_sharing.ipynb #27373f2a
-@register("HPS")
 class HPS(LifelongNetwork):
     "One set of convolutions for all tasks, fully connected layers for each."
 
@@ -42,7 +39,6 @@ class HPS(LifelongNetwork):
         return self.conv()
 
 # %% ../nbs/12_sharing.ipynb #d8265ecf
-@register("SNN")
 class SNN(LifelongNetwork):
     "A single network for the data of all tasks (authors' code)."
 

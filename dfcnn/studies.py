@@ -29,15 +29,8 @@ from .core import BadInput, check_choice, check_number, pick_device, write_text
 from .images import Images
 from .learner import Callback
 from .multitask import COUNTS, MultiTask, multitask_dataset
-from dfcnn.networks import (
-    METHODS,
-    LifelongNetwork,
-    Method,
-    build_network,
-    build_shapes,
-    can_build,
-    count_parameters,
-)
+from .networks import LifelongNetwork, count_parameters
+from .registry import METHODS, Method, build_network, build_shapes, can_build
 from .runs import PACKAGE, SAME, TRAINING, Record, RunConfig, made_with, run_together
 from .tasks import DATASETS, DataSet, Task, task_sequence
 
@@ -467,7 +460,7 @@ def scoring_interval(epochs: int, times: int, at_least: int = 1) -> int:
 
 def lifelong_study(
     dataset: str = "shapes",  # a key of `tasks.DATASETS`
-    methods: str | list[str] = "STL HPS DF-CNN",  # keys of `networks.METHODS`, or "all"
+    methods: str | list[str] = "STL HPS DF-CNN",  # keys of `registry.METHODS`, or "all"
     epochs: int | None = None,  # per task; None: so many that a laptop finishes, far fewer than the paper's
     tasks: int | None = None,  # None: all ten
     trials: int = 1,
@@ -502,7 +495,7 @@ def multitask_study(
     dataset: str = "digits",  # a key of `multitask.COUNTS`
     distribution: str = "heterogeneous",  # pairs of classes; "homogeneous": one class against all others
     fractions: str | list[str] = "50%",  # of the data, keys of `COUNTS[dataset][distribution]`, or "all"
-    methods: str | list[str] = "STL HPS DF-CNN",  # keys of `networks.METHODS`, or "all"
+    methods: str | list[str] = "STL HPS DF-CNN",  # keys of `registry.METHODS`, or "all"
     epochs: int | None = None,  # of all tasks together; None: so many that a laptop finishes
     trials: int = 1,
     seed: int = 0,

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from .core import BadInput, stream
-from .networks import Architecture, Head, LifelongNetwork, Parts, bias, register
+from .networks import Architecture, Head, LifelongNetwork, Parts, bias
 from .sharing import STL
 
 # %% auto #0
@@ -30,13 +30,6 @@ def tucker(
     return core, factors
 
 # %% ../nbs/14_tensor_factorization.ipynb #f792244c
-_NOTE = (
-    "{} must know all tasks in advance; the paper leaves it out of the lifelong experiments because it did"
-    " reasonably only from trained STL networks (Sec. 4.1)."
-)
-
-
-@register("TF", note=_NOTE.format("TF"))
 class TF(LifelongNetwork):
     "Tucker-factorized filters over tasks (App. C)."
 
@@ -104,7 +97,6 @@ class TF(LifelongNetwork):
         return super().load_state_dict(state, *args, **kwargs)
 
 
-@register("TF-uniform", "TF (uniform start)", note=_NOTE.format("TF (uniform start)"))
 class TFUniform(TF):
     "TF from the authors' start: uniform over [0, 1), with a first loss of about 4e8 in their code."
 
@@ -113,7 +105,6 @@ class TFUniform(TF):
         return torch.rand(k, k, cin, cout, self.max_tasks, generator=generator)
 
 # %% ../nbs/14_tensor_factorization.ipynb #7a9b9988
-@register("TF-distillation", "TF (Distillation)", note=_NOTE.format("TF (Distillation)"))
 class TFDistillation(TF):
     "TF that starts from trained STL networks."
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-import dfcnn.studies  # lists all methods
 from dfcnn.core import BadInput
 from dfcnn.expandable import DEN, Growth
 from dfcnn.learner import Audit, Callback, lifelong_learner, multitask_schedule, score, task_learner, train
 from dfcnn.metrics import forgetting_ratio
-from dfcnn.networks import ARCHITECTURES, METHODS, build_network
+from dfcnn.networks import ARCHITECTURES
+from dfcnn.registry import METHODS, build_network
 from dfcnn.stacking import train_together
+from dfcnn.studies import multitask_study
 from dfcnn.tasks import Split, Task
 
 HYPER = dict(epochs=2, lr=1e-3, decay=2.5e-4, batch_size=10)
@@ -209,7 +210,7 @@ def test_a_task_that_comes_again_finds_its_optimizer_state():
 
 
 def test_all_methods_of_a_trial_see_the_same_draws(tmp_path):
-    config = dfcnn.studies.multitask_study(methods="STL HPS", trials=2, epochs=50, output_dir=str(tmp_path)).configs
+    config = multitask_study(methods="STL HPS", trials=2, epochs=50, output_dir=str(tmp_path)).configs
     draws = {(c.method, c.trial): tuple(c.task_of_epoch) for c in config}
     assert draws["STL", 0] == draws["HPS", 0] != draws["STL", 1]
     assert set(multitask_schedule(5, 500)) == set(range(5))

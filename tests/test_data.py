@@ -249,9 +249,8 @@ def test_real_cifar100(shared):
 def test_real_cifar100_is_learned(shared):
     "A few epochs on real images are enough to leave chance behind."
     from dfcnn.learner import lifelong_learner, train
-    from dfcnn.networks import build_network
+    from dfcnn.registry import build_network
     from dfcnn.metrics import peak_accuracy
-    import dfcnn.dfcnn
 
     tasks = task_sequence("cifar100", data_dir=shared / "data", n_tasks=1)
     learn = lifelong_learner(

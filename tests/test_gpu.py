@@ -9,7 +9,7 @@ import torch
 
 from dfcnn.core import pick_device
 from dfcnn.learner import Callback, lifelong_learner, train
-from dfcnn.networks import build_network
+from dfcnn.registry import build_network
 from dfcnn.stacking import Steps, train_together
 from dfcnn.studies import lifelong_study
 from dfcnn.tasks import Split, Task

@@ -13,8 +13,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
-import dfcnn.runs  # lists all methods
-from dfcnn.networks import METHODS
+from dfcnn.registry import METHODS
 
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent

@@ -7,9 +7,9 @@ import csv
 import pytest
 import torch
 
-import dfcnn.runs  # lists all methods
 from dfcnn.figures import parameter_table, targets
-from dfcnn.networks import build_network, count_parameters
+from dfcnn.networks import count_parameters
+from dfcnn.registry import build_network
 
 KNOWN = {  # (architecture, tasks) -> totals by the sizes of the authors' code
     ("cifar100", 10): {
