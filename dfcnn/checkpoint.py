@@ -109,8 +109,9 @@ class Checkpoint(Callback):
         self,
         path: str | Path,  # of the last one; the one before has `-previous` in its name
         every: float = 120.0,  # seconds
+        made_by: str = "",  # says which configuration, data and code make it; another's checkpoint is not continued
     ):
-        self.path, self.every, self.saved = Path(path), every, time.monotonic()
+        self.path, self.every, self.made_by, self.saved = Path(path), every, made_by, time.monotonic()
 
     @property
     def paths(self) -> list[Path]:
@@ -125,6 +126,15 @@ class Checkpoint(Callback):
                 print(f"{e} An earlier checkpoint is used, or else the run starts again.", flush=True)
                 path.unlink()
                 continue
+            if about.get("made_by", "") != self.made_by:
+                foreign = path.with_stem(f"{path.stem}-foreign")
+                print(
+                    f"'{path}' was made by another configuration, other images or other code, and is not"
+                    f" continued. It is now '{foreign}'.",
+                    flush=True,
+                )
+                os.replace(path, foreign)
+                continue
             restore(self.learn, state, int(about["epochs"]))
             return
 
@@ -137,7 +147,7 @@ class Checkpoint(Callback):
         "Take a checkpoint."
         last, previous = self.paths
         new = last.with_stem(f"{last.stem}-new")
-        save_tensors(snapshot(self.learn), new, epochs=str(self.epoch + 1))
+        save_tensors(snapshot(self.learn), new, epochs=str(self.epoch + 1), made_by=self.made_by)
         if last.exists():
             os.replace(last, previous)
         os.replace(new, last)

@@ -151,7 +151,8 @@ class TaskSwitch(Callback):
     def turn_to(self, task: int):
         "Make `task` the one that is trained."
         network = self.learn.model
-        while len(network.tasks) <= (max(self.schedule) if self.together else task):
+        there = len(self.dls.train.tasks) if self.together else task + 1  # whether or not the schedule names it
+        while len(network.tasks) < there:
             network.add_task()
         trained = network.trains(task)
         network.requires_grad_(False).zero_grad()
@@ -214,7 +215,7 @@ def tally(
 ) -> torch.Tensor:  # (2,): images that were classified correctly, and the sum of all cross-entropies
     "Scores of one task on one set of images, on the device: nothing waits for them here."
     batch_size = batch_size or (100 if data.x.device.type == "cpu" else 2000)
-    total = torch.zeros(2, device=data.x.device)
+    total = torch.zeros(2, dtype=data.x.dtype, device=data.x.device)
     for x, y in zip(data.x.split(batch_size), data.y.split(batch_size)):
         logits = network(x, task)
         total += torch.stack([(logits.argmax(1) == y).sum(), sum_cross_entropy(logits, y)])
@@ -330,26 +331,30 @@ class Evaluate(Callback):
         numbers = iter(torch.cat(sums).tolist() if sums else ())
         for m in unread:
             which, took = (m.evaluated, m.split), seconds_between(m.start, m.end)
+            losses: list[float] = []
             if m.sums is None:
                 means = self.latest[which]
             else:
                 correct, *losses = islice(numbers, len(m.sums))
                 means = correct / m.images, sum(losses) / m.images
+            self.check(m, losses)
             if m.split == "train":
-                self.check(losses)
                 took /= self.sharing
             else:
                 self.latest[which] = means
             self.scores.append((*m.when, *which, *means, took))
 
-    def check(self, losses: Sequence[float]):
-        "Stop where training has gone astray."
+    def check(self, m: Measured, losses: Sequence[float]):
+        "Stop where training has gone astray: a network whose loss is no number has no accuracy."
         for batch, loss in enumerate(losses):
             if not loss < float("inf"):
+                epoch, task_epoch, task = m.when
+                train = m.split == "train"
+                what = "training loss" if train else f"{m.split} loss of task {m.evaluated + 1}"
+                when = f"in batch {batch + 1} of" if train else "after"
                 raise FloatingPointError(
-                    f"The training loss is {loss} in batch {batch + 1} of epoch {self.task_epoch + 1} of task"
-                    f" {self.learn.task + 1} (epoch {self.epoch + 1} of the run). The learning rate was"
-                    f" {self.opt.hypers[-1]['lr']:g}; a smaller one may help."
+                    f"The {what} is {loss} {when} epoch {task_epoch} of task {task + 1} (epoch {epoch} of the"
+                    f" run). The learning rate was {self.opt.hypers[-1]['lr']:g}; a smaller one may help."
                 )
 
     def before_phase(self):

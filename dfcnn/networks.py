@@ -166,7 +166,7 @@ class Dropout(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self.training or self.p == 0:
             return x
-        kept = torch.rand_like(x) >= self.p if self.kept is None else self.kept
+        kept = torch.rand(x.shape, device=x.device) >= self.p if self.kept is None else self.kept
         return x * kept / (1 - self.p)
 
 

@@ -35,8 +35,8 @@ from .tasks import DATASETS, task_sequence
 
 # %% auto #0
 __all__ = ['TRAINING', 'PACKAGE', 'SAME', 'Training', 'RunConfig', 'Record', 'write_history', 'load_record', 'load_records',
-           'code_checksum', 'git_revision', 'made_with', 'differences', 'alone_in', 'agreeing', 'KeepHistory',
-           'using_threads', 'settings', 'Attempt', 'run_together', 'run', 'load_network']
+           'code_checksum', 'git_revision', 'made_with', 'made_by', 'differences', 'alone_in', 'set_aside', 'agreeing',
+           'KeepHistory', 'using_threads', 'settings', 'Attempt', 'run_together', 'run', 'load_network']
 
 # %% ../nbs/31_runs.ipynb #4179c9f7
 @dataclass(frozen=True)
@@ -199,6 +199,11 @@ def made_with(images: Images, device: torch.device, method: Method) -> dict[str,
 
 SAME = ("data", "code", "torch", "device", "threads", "tf32")  # what must agree before a record is used again
 
+
+def made_by(config: RunConfig, about: dict[str, Any]) -> str:
+    "What a file of weights carries with it: the configuration, and what must agree before it is used again."
+    return json.dumps(dict(config=asdict(config), **{k: about[k] for k in SAME}), sort_keys=True)
+
 # %% ../nbs/31_runs.ipynb #4aab9037
 def differences(there: dict, here: dict) -> str:
     "Which entries differ, in words; empty where none do."
@@ -227,9 +232,22 @@ def alone_in(folder: Path):
         lock.release()
 
 
+def set_aside(folder: Path) -> Path:  # where the files are now
+    "Move a record out of the way. What makes it one goes first, what says who made it last, so that a kill leaves no half of it that looks whole."
+    aside = folder.parent / "superseded" / f"{folder.name}-{datetime.now():%Y%m%d-%H%M%S-%f}"
+    aside.mkdir(parents=True)
+    turn = {"summary.json": 0, "config.json": 2}
+    for f in sorted(folder.iterdir(), key=lambda f: turn.get(f.name, 1)):
+        if f.name != ".lock":
+            f.rename(aside / f.name)
+    return aside
+
+
 def agreeing(folder: Path, config: RunConfig, about: dict[str, Any]) -> bool:
     "Does `folder` hold a record, complete or not, that may be used? One that something else has made is set aside."
     if not (folder / "config.json").exists():
+        if any(f.name != ".lock" for f in folder.iterdir()):
+            print(f"'{folder}' has no config.json. What was there is now in '{set_aside(folder)}'.", flush=True)
         return False
     try:
         found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -247,13 +265,8 @@ def agreeing(folder: Path, config: RunConfig, about: dict[str, Any]) -> bool:
         )
     if all(made.get(k) == about[k] for k in SAME):
         return True
-    aside = folder.parent / "superseded" / f"{folder.name}-{datetime.now():%Y%m%d-%H%M%S-%f}"
-    aside.mkdir(parents=True)
-    for f in folder.iterdir():
-        if f.name != ".lock":
-            f.rename(aside / f.name)
     why = ", ".join(k for k in SAME if made.get(k) != about[k])
-    print(f"The record in '{folder}' was made with other {why}; it is now in '{aside}'.", flush=True)
+    print(f"The record in '{folder}' was made with other {why}; it is now in '{set_aside(folder)}'.", flush=True)
     return False
 
 # %% ../nbs/31_runs.ipynb #618691d9
@@ -298,7 +311,7 @@ class Attempt:
     ):
         self.config, self.folder, self.cbs, self.every = config, folder, list(cbs), checkpoint_every
         about = made_with(images, device, METHODS[config.method])
-        known = agreeing(folder, config, about)
+        known, self.made_by = agreeing(folder, config, about), made_by(config, about)
         self.complete = known and (folder / "summary.json").exists()
         if self.complete:
             return
@@ -327,13 +340,13 @@ class Attempt:
 
     def pretraining(self) -> TaskLearner:
         "The Learner of the networks of another method, from which this one's start."
-        self.keeps.append(Checkpoint(self.folder / "pretraining.safetensors", self.every))
+        self.keeps.append(Checkpoint(self.folder / "pretraining.safetensors", self.every, self.made_by))
         cbs = [self.keeps[-1], *self.cbs]
         return task_learner(self.first, self.tasks, **self.hyper, eval_every=None, cbs=cbs)
 
     def training(self) -> TaskLearner:
         "The Learner of the run."
-        self.keeps.append(KeepHistory(self.folder / "checkpoint.safetensors", self.every))
+        self.keeps.append(KeepHistory(self.folder / "checkpoint.safetensors", self.every, self.made_by))
         cbs = [self.keeps[-1], *self.cbs]
         return task_learner(
             self.network,
@@ -351,7 +364,8 @@ class Attempt:
         summary["pretraining_seconds"] = self.before
         without_nan = {k: None if v != v else v for k, v in summary.items()}  # JSON has no NaN
         write_history(history, self.folder / "history.csv")
-        save_tensors(self.network.state_dict(), self.folder / "network.safetensors")
+        weights = self.folder / "network.safetensors"
+        save_tensors(self.network.state_dict(), weights, made_by=self.made_by)
         write_text(self.folder / "summary.json", json.dumps(without_nan, indent=1))
         for keep in self.keeps:
             keep.remove()
@@ -404,7 +418,10 @@ def load_network(
     folder: str | Path,  # of a complete record
 ) -> LifelongNetwork:  # in evaluation mode, on the CPU
     "The network that a run has trained."
-    config, (state, _) = load_record(folder).config, load_tensors(Path(folder) / "network.safetensors")
+    record, (state, about) = load_record(folder), load_tensors(Path(folder) / "network.safetensors")
+    config = record.config
+    if about.get("made_by") not in (None, made_by(config, record.made_with)):  # None: of an earlier version
+        raise BadInput(f"The weights in '{folder}' were not made by the run that its config.json describes.")
     network = build_network(
         config.method, DATASETS[config.dataset].architecture, config.seed, length=config.tasks
     )

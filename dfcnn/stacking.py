@@ -36,7 +36,7 @@ class Steps:
         n, size, k = len(self.lead.dls.train), self.lead.dls.train.batch_size, len(data)
         head = self.network.head_of(self.task)
         self.dropout = head.dropout if isinstance(getattr(head, "dropout", None), Dropout) else None
-        zeros = lambda *shape, dtype=torch.float32: torch.zeros(shape, dtype=dtype, device=self.device)
+        zeros = lambda *shape, dtype=self.x.dtype: torch.zeros(shape, dtype=dtype, device=self.device)
         self.order = zeros(n, k, size, dtype=torch.long)
         if self.dropout:
             self.kept = zeros(n, k, size, head.W[0].shape[1], dtype=torch.bool)

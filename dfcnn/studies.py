@@ -128,12 +128,14 @@ def epochs_done(
 ) -> int:
     "How many epochs of a run are over by its files; none where something else has made them."
     done, unreadable = 0, (SafetensorError, OSError, KeyError, TypeError, ValueError)
-    with suppress(*unreadable):
+    try:
         made = json.loads((folder / "config.json").read_text(encoding="utf-8"))["made_with"]
         if any(made.get(k) != about[k] for k in SAME):
             return 0
-        if (folder / "summary.json").exists():
-            return epochs_of(config)
+    except unreadable:
+        return 0
+    if (folder / "summary.json").exists():
+        return epochs_of(config)
     for name in ("pretraining", "checkpoint"):
         with suppress(*unreadable):
             with safe_open(folder / f"{name}.safetensors", "pt") as f:

@@ -32,10 +32,10 @@ def method(request):
     return request.param
 
 
-def learner(method, cbs=(), seed=0, **kw):
-    return lifelong_learner(
-        build_network(method, "cifar100", seed=seed, length=3), small_tasks(), **{**HYPER, **kw}, cbs=list(cbs)
-    )
+def learner(method, cbs=(), seed=0, tasks=None, **kw):
+    tasks = tasks or small_tasks()
+    network = build_network(method, "cifar100", seed=seed, length=len(tasks))
+    return lifelong_learner(network, tasks, **{**HYPER, **kw}, cbs=list(cbs))
 
 
 def test_only_what_a_task_may_change_changes(method):
@@ -142,15 +142,54 @@ def test_training_by_the_epoch_is_training_by_the_batch(method):
     assert all(torch.equal(v, other[k]) for k, v in plain.model.state_dict().items())
 
 
-def test_stacked_trials_get_the_numbers_that_they_get_alone(method):
-    alone, stacked = ([learner(method, seed=s, epochs=1) for s in (0, 1)] for _ in range(2))
+@pytest.fixture
+def double_precision():
+    "Two ways of computing the same thing agree tightly here; single precision depends on the processor."
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def test_stacked_trials_get_the_numbers_that_they_get_alone(method, double_precision):
+    few = dict(epochs=1, batch_size=4, tasks=small_tasks(2, images=8))
+    alone, stacked = ([learner(method, seed=s, **few) for s in (0, 1)] for _ in range(2))
     for l, one in zip(alone, train_together(stacked)):
         both = train(l).merge(one, on=["epoch", "evaluated", "split"])
-        assert len(both) == len(one) and ((both.loss_x / both.loss_y) - 1).abs().max() < 1e-3
+        assert len(both) == len(one) and ((both.loss_x / both.loss_y) - 1).abs().max() < 1e-9
     for a, b in zip(alone, stacked):
         other = b.model.state_dict()
         for k, v in a.model.state_dict().items():
-            torch.testing.assert_close(v, other[k], rtol=1e-3, atol=1e-4, msg=k)
+            torch.testing.assert_close(v, other[k], rtol=1e-7, atol=1e-10, msg=k)
+
+
+@pytest.mark.parametrize("how", [train, lambda learn: train_together([learn])[0]], ids=["by batch", "by epoch"])
+def test_images_are_shuffled_and_dropout_takes_part(method, how):
+    learn = learner(method, epochs=2)
+    images = learn.dls.train.tasks[2].train.x.flatten(1)
+    seen, kept = [], []
+
+    def note_images(network, given):
+        if network.training and given[1] == 2:
+            seen.extend((images == x).all(1).nonzero().item() for x in given[0].flatten(1))
+
+    def note_dropout(dropout, given, result):
+        if dropout.training:
+            left = result != 0
+            torch.testing.assert_close(result[left], 2 * given[0][left])
+            kept.append(left[given[0] != 0].float().mean().item())
+
+    class Attach(Callback):
+        def before_phase(self):
+            if self.learn.task == 2 and not self.model._forward_pre_hooks:
+                self.model.register_forward_pre_hook(note_images)
+                self.model.head_of(2).dropout.register_forward_hook(note_dropout)
+
+    learn.add_cb(Attach())
+    how(learn)
+    first, second = seen[:20], seen[20:]
+    assert sorted(first) == sorted(second) == list(range(20)) and first != second
+    assert sorted(first) != first and sorted(second) != second
+    assert len(kept) == 4 == len(set(kept)) and abs(sum(kept) / 4 - 0.5) < 0.05
 
 
 def test_isolated_tasks_keep_their_score_exactly():
@@ -166,6 +205,30 @@ def test_no_parameter_is_random_state_of_the_caller(method):
     torch.manual_seed(3)
     train(learner(method, epochs=1))
     assert torch.equal(torch.rand(1), expected)
+
+
+class Spoil(Callback):
+    "Weights that become NaN with the last batch of the last epoch."
+
+    order = 5  # before the scores
+
+    def after_train(self):
+        if self.epoch + 1 == self.n_epoch:
+            self.model.head_of(self.learn.task).W[0].data.fill_(float("nan"))
+
+
+def test_a_network_that_is_no_number_has_no_accuracy():
+    for how in (train, lambda learn: train_together([learn])):
+        with pytest.raises(FloatingPointError, match="valid loss of task 1 is nan after epoch 2 of task 3"):
+            how(learner("HPS", [Spoil(), SpoilShared()]))
+        with pytest.raises(FloatingPointError, match="valid loss of task 3 is nan after epoch 2 of task 3"):
+            how(learner("STL", [Spoil()]))
+
+
+class SpoilShared(Spoil):
+    def after_train(self):
+        if self.epoch + 1 == self.n_epoch:
+            self.model.conv.W[0].data.fill_(float("nan"))
 
 
 def test_a_diverging_loss_stops_the_run():
@@ -194,6 +257,15 @@ def test_multi_task_learning_keeps_the_contract(method):
     learn.model.eval()
     for t, task in enumerate(small_tasks()):
         assert score(learn.model, task.test, t) == tuple(last.loc[t, ["accuracy", "loss"]])
+
+
+@pytest.mark.parametrize("schedule", [(0, 0), (1, 1, 0)])
+def test_tasks_that_are_never_drawn_are_scored(method, schedule):
+    if METHODS[method].network.in_sequence:
+        return
+    history = train(together(method, [Audit()], schedule=schedule))
+    last = history.query(f"split == 'test' and epoch == {len(schedule)}")
+    assert last.evaluated.tolist() == [0, 1, 2]
 
 
 def test_a_task_that_comes_again_finds_its_optimizer_state():
