@@ -5,16 +5,16 @@
 # %% ../nbs/04_multitask.ipynb #f3fe129b
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
-from .core import BadInput, check_choice
+from .core import BadInput, check_choice, stream
 from .images import Images, digits, load_images
-from .tasks import DATASETS, DataSet, Split, Task, standardize
+from .tasks import DATASETS, DataSet, Task, split_counts
 
 # %% auto #0
-__all__ = ['COUNTS', 'TITLES', 'draw_binary', 'MultiTask', 'multitask_groups', 'multitask_dataset']
+__all__ = ['COUNTS', 'TITLES', 'POOLS', 'draw_binary', 'draw_pools', 'MultiTask', 'multitask_groups', 'multitask_dataset']
 
 # %% ../nbs/04_multitask.ipynb #79502566
 _pairs = {  # MNIST, heterogeneous
@@ -72,6 +72,19 @@ def draw_binary(
         drawn.append((index, (torch.arange(size) < n_true).long()))
     return drawn
 
+# %% ../nbs/04_multitask.ipynb #8317bb6e
+def draw_pools(
+    images: Images,
+    rule: dict,  # {"train": 165, "valid": 15}: how many of each class
+    generator: torch.Generator,
+) -> Images:  # the same, with parts "train" and "valid"; an image that is in neither has part -1
+    "Draw the images that all tasks of a trial share."
+    part = torch.full_like(images.part, -1)
+    for label in range(len(images.classes)):
+        for i, index in enumerate(split_counts(images, "train", label, rule, generator).values()):
+            part[index] = i
+    return replace(images, part=part, parts=list(rule))
+
 
 @dataclass(frozen=True)
 class MultiTask(DataSet):
@@ -80,20 +93,28 @@ class MultiTask(DataSet):
     source: str = ""  # as in `COUNTS`, and in the file of the paper's numbers
     distribution: str = ""
     fraction: str = ""
+    pool: dict | None = None  # rule of `split_counts` for each class of a trial's pools; None: no pools
 
-    def draw(self, images: Images, name: str, classes: list[str], generator: torch.Generator) -> Task:
-        "A task whose first class is true, and the others false."
+    def pick(
+        self, images: Images, name: str, classes: list[str], seed: int, trial: int
+    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        "Draw three sets of images, true ones of the first class and false ones of the others."
         train, valid, test = self.split.values()
-        sides = classes[:1], classes[1:]
-        sets = draw_binary(images, "train", *sides, [train, valid], generator)
-        sets += draw_binary(images, "test", *sides, [test], generator)
+        sides, own = (classes[:1], classes[1:]), stream(seed, "trial", trial, "split", name)
+        if not self.pool:
+            drawn = draw_binary(images, "train", *sides, [train, valid], own)
+            return drawn + draw_binary(images, "test", *sides, [test], own)
+        pools = draw_pools(images, self.pool, stream(seed, "trial", trial, "pools"))
+        return [
+            *draw_binary(pools, "train", *sides, [train], own),
+            *draw_binary(pools, "valid", *sides, [valid], own),
+            *draw_binary(images, "test", *sides, [test], stream(seed, "test", name)),
+        ]
 
-        def as_split(index: torch.Tensor, y: torch.Tensor) -> Split:
-            x = images.x[index].float() / 255
-            return Split(standardize(x) if self.standardized else x, y)
-
+    def draw(self, images: Images, name: str, classes: list[str], seed: int, trial: int) -> Task:
+        "A task whose first class is true, and the others false."
         rest = classes[1] if len(classes) == 2 else "another"
-        return Task(name, [rest, classes[0]], *(as_split(*s) for s in sets))
+        return replace(super().draw(images, name, classes, seed, trial), classes=[rest, classes[0]])
 
 # %% ../nbs/04_multitask.ipynb #1cb626ec
 TITLES = {"mnist": "MNIST", "cifar10": "CIFAR-10", "digits": "Handwritten digits of scikit-learn"}
@@ -108,19 +129,29 @@ def multitask_groups(source: str, distribution: str) -> list[tuple[str, list[str
     return [(f"{c} or not", [c, *(o for o in classes if o != c)]) for c in classes]
 
 
-def multitask_dataset(source: str, distribution: str, fraction: str) -> MultiTask:
-    "One line of `COUNTS` as a data set, or which lines there are."
+POOLS = ("shared", "independent")
+
+
+def multitask_dataset(source: str, distribution: str, fraction: str, pools: str = "shared") -> MultiTask:
+    "One line of `COUNTS` as a data set, or which lines there are; `pools` matters for one-vs-all tasks alone."
     source = check_choice("data set", source, COUNTS)
     distribution = check_choice("distribution", distribution, COUNTS[source])
     fractions = COUNTS[source][distribution]
     fraction = check_choice(f"fraction of {TITLES[source]}", fraction, fractions)
+    split = dict(zip(("train", "valid", "test"), fractions[fraction]))
+    pools = check_choice("pools", pools, POOLS)
+    shared, apart = (distribution == "homogeneous" and pools == p for p in POOLS)
+    pool = {k: split[k] // 2 for k in ("train", "valid")}  # the true images of a task
+    if source == "mnist":  # 1% of a class: of 5,500 and 500 images, by TensorFlow's split
+        pool = {k: n * int(fraction.rstrip("%")) for k, n in (("train", 55), ("valid", 5))}
     return MultiTask(
-        f"{source}-{distribution}-{fraction}",
-        f"{TITLES[source]}, {distribution}, {fraction} of the data",
+        f"{source}-{distribution}-{fraction}{'-independent' * apart}",
+        f"{TITLES[source]}, {distribution}, {fraction} of the data"
+        + ", drawn for each task by itself" * apart,
         f"{'cifar10' if source == 'cifar10' else 'mnist'}-{5 if distribution == 'heterogeneous' else 10}",
         lambda data_dir: digits() if source == "digits" else load_images(source, data_dir),
         lambda: multitask_groups(source, distribution),
-        dict(zip(("train", "valid", "test"), fractions[fraction])),
+        split,
         standardized=source == "cifar10",
         look=60 if source == "cifar10" else 200,
         stand_in=(
@@ -131,11 +162,13 @@ def multitask_dataset(source: str, distribution: str, fraction: str) -> MultiTas
         source=source,
         distribution=distribution,
         fraction=fraction,
+        pool=pool if shared else None,
     )
 
 
 for _source, _distributions in COUNTS.items():
     for _distribution, _fractions in _distributions.items():
         for _fraction in _fractions:
-            _dataset = multitask_dataset(_source, _distribution, _fraction)
-            DATASETS[_dataset.name] = _dataset
+            for _pools in POOLS:
+                _dataset = multitask_dataset(_source, _distribution, _fraction, _pools)
+                DATASETS[_dataset.name] = _dataset

@@ -506,6 +506,7 @@ def multitask_study(
     device: str = "auto",
     eval_every: int = 10,  # epochs between two scores of all tasks
     draw: str = "uniform",  # of each epoch's task (authors' code), or "round-robin" (App. B.1)
+    pools: str = "shared",  # by all one-vs-all tasks (authors' code), or "independent": each draws for itself
     workers: int | None = None,  # runs side by side; None: one for each core, and one on a GPU
     threads: int = 1,  # of each run, on a CPU
     scheduler: str | None = None,  # address of a dask scheduler, whose workers carry out the runs
@@ -522,7 +523,7 @@ def multitask_study(
         )
     names = fractions.replace(",", " ").split() if isinstance(fractions, str) else [str(f) for f in fractions]
     names = list(known) if names == ["all"] else names
-    datasets = [multitask_dataset(dataset, distribution, f) for f in names]
+    datasets = [multitask_dataset(dataset, distribution, f, pools) for f in names]
     datasets = list({d.name: d for d in datasets}.values())
     draw = check_choice("draw", draw, ["uniform", "round-robin"])
     epochs = datasets[0].look if epochs is None else check_number("epochs", epochs, 1)
@@ -610,6 +611,9 @@ def _study(
     except OSError as e:
         raise BadInput(f"Output folder '{output}' cannot be made ({e}). Choose another output_dir.") from e
     images = dataset.images(data_dir)
+    for d in datasets:
+        for name, classes in d.groups()[: config.tasks]:
+            d.pick(images, name, classes, config.seed, trial=0)  # says where there are too few images
     configs = [
         replace(config, dataset=d.name, method=m, trial=t)
         for d in datasets

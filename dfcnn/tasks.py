@@ -116,7 +116,8 @@ def split_counts(
         counts["train"] = len(pool) - counts["valid"] - counts["test"]
     if sum(counts.values()) > len(pool) or min(counts.values()) < 1:
         raise BadInput(
-            f"Class '{images.classes[label]}' has {len(pool)} images in '{part}', too few for {rule}."
+            f"Class '{images.classes[label]}' has {len(pool)} images in '{part}', too few for {rule}. Add"
+            " images, or choose a smaller fraction where there is one."
         )
     return dict(zip(counts, pool.split(list(counts.values()) + [len(pool) - sum(counts.values())])))
 
@@ -145,8 +146,11 @@ class DataSet:
     stand_in: str = ""  # what the images are, where they are not the paper's
     look_every: int = 1  # epochs between two scores of the task in hand in that first look
 
-    def draw(self, images: Images, name: str, classes: list[str], generator: torch.Generator) -> Task:
-        "Draw one task's three sets, scale them, and give the classes labels in the order of `classes`."
+    def pick(
+        self, images: Images, name: str, classes: list[str], seed: int, trial: int
+    ) -> list[tuple[torch.Tensor, torch.Tensor]]:  # (image indices, labels in the order of `classes`) of each
+        "Draw the images of one task's three sets."
+        generator = stream(seed, "trial", trial, "split", name)
         part = "train" if "test" not in self.split else name.rpartition(" ")[0]
         picked = {"train": [], "valid": [], "test": []}
         for c in classes:
@@ -154,13 +158,17 @@ class DataSet:
             split = split_counts(images, part, label, self.split, generator)
             for k in picked:
                 picked[k].append(split[k] if k in split else images.of("test", label))
+        labels = lambda of: torch.arange(len(of)).repeat_interleave(torch.tensor([len(i) for i in of]))
+        return [(torch.cat(of), labels(of)) for of in picked.values()]
 
-        def as_split(indices: list[torch.Tensor]) -> Split:
-            x = images.x[torch.cat(indices)].float() / 255
-            y = torch.arange(len(indices)).repeat_interleave(torch.tensor([len(i) for i in indices]))
+    def draw(self, images: Images, name: str, classes: list[str], seed: int, trial: int) -> Task:
+        "One task, with its images scaled."
+
+        def as_split(index: torch.Tensor, y: torch.Tensor) -> Split:
+            x = images.x[index].float() / 255
             return Split(standardize(x) if self.standardized else x, y)
 
-        return Task(name, list(classes), *(as_split(picked[k]) for k in ("train", "valid", "test")))
+        return Task(name, list(classes), *(as_split(*s) for s in self.pick(images, name, classes, seed, trial)))
 
 
 DRAWN = "These images are a stand-in that the package drew itself."
@@ -230,9 +238,7 @@ def task_sequence(
     n_tasks = len(groups) if n_tasks is None else check_number("tasks", n_tasks, 1, len(groups))
     images = dataset.images(data_dir) if images is None else images
     order = torch.randperm(n_tasks, generator=stream(seed, "trial", trial, "order")).tolist()
-    return [
-        dataset.draw(images, *groups[i], stream(seed, "trial", trial, "split", groups[i][0])) for i in order
-    ]
+    return [dataset.draw(images, *groups[i], seed, trial) for i in order]
 
 # %% ../nbs/03_tasks.ipynb #df167487
 def show_tasks(

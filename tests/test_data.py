@@ -13,6 +13,7 @@ import torch
 from conftest import picture
 from PIL import Image
 
+import dfcnn.multitask  # lists its data sets
 from dfcnn import images as images_module
 from dfcnn.core import BadInput
 from dfcnn.images import CIFAR100_CLASSES, OFFICEHOME_CLASSES, load_images
@@ -293,6 +294,22 @@ def test_multitask_sets_share_no_image(shared):
         assert len(set(images)) == len(images)
 
 
-def test_a_fraction_that_needs_more_images_than_there_are(shared):
-    with pytest.raises(BadInput, match="Choose a smaller fraction or more images"):
-        task_sequence("cifar10-heterogeneous-70%", data_dir=shared / "data")
+def test_one_vs_all_tasks_share_images(shared):
+    "The authors' run has 1,599 different training images over its ten tasks, and 2,936 if each draws for itself."
+
+    def different(dataset: str, part: str) -> int:
+        tasks = task_sequence(dataset, images)
+        return len({x.numpy().tobytes() for task in tasks for x in getattr(task, part).x})
+
+    images = load_images("mnist", shared / "data")
+    assert 1550 < different("mnist-homogeneous-3%", "train") < 1640
+    assert different("mnist-homogeneous-3%", "valid") == 150
+    assert different("mnist-homogeneous-3%-independent", "train") > 2800
+
+
+@pytest.mark.parametrize("distribution, reason", [("heterogeneous", "are wanted"), ("homogeneous", "too few for")])
+def test_a_fraction_that_needs_more_images_than_there_are(shared, tmp_path, distribution, reason):
+    from dfcnn.studies import multitask_study
+
+    with pytest.raises(BadInput, match=f"{reason}.* [Cc]hoose a smaller fraction"):
+        multitask_study("cifar10", distribution, "4% 70%", data_dir=shared / "data", output_dir=tmp_path)
