@@ -30,7 +30,7 @@ from .multitask import MultiTask
 from .networks import count_parameters
 from .registry import METHODS, build_shapes, can_build, title_of
 from .runs import TRAINING, Record
-from .tasks import DATASETS
+from .datasets import DATASETS
 
 # %% auto #0
 __all__ = ['SETTINGS', 'GREYS', 'LIFELONG_REPORT', 'ABLATION_REPORT', 'MULTITASK_REPORT', 'targets', 'target', 'parameter_table',

@@ -11,7 +11,7 @@ import torch
 
 from .core import BadInput, check_choice, stream
 from .images import Images, digits, load_images
-from .tasks import DATASETS, DataSet, Task, split_counts
+from .tasks import DataSet, Task, split_counts
 
 # %% auto #0
 __all__ = ['COUNTS', 'TITLES', 'POOLS', 'draw_binary', 'draw_pools', 'MultiTask', 'multitask_groups', 'multitask_dataset']
@@ -164,11 +164,3 @@ def multitask_dataset(source: str, distribution: str, fraction: str, pools: str 
         fraction=fraction,
         pool=pool if shared else None,
     )
-
-
-for _source, _distributions in COUNTS.items():
-    for _distribution, _fractions in _distributions.items():
-        for _fraction in _fractions:
-            for _pools in POOLS:
-                _dataset = multitask_dataset(_source, _distribution, _fraction, _pools)
-                DATASETS[_dataset.name] = _dataset

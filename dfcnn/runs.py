@@ -31,7 +31,7 @@ from .networks import LifelongNetwork, count_parameters
 from .registry import METHODS, Method, build_network
 from .optimizer import RMSProp
 from .stacking import train_together
-from .tasks import DATASETS, task_sequence
+from .datasets import DATASETS, task_sequence
 
 # %% auto #0
 __all__ = ['TRAINING', 'PACKAGE', 'SAME', 'Training', 'RunConfig', 'Record', 'write_history', 'load_record', 'load_records',

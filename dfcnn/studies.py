@@ -32,7 +32,8 @@ from .multitask import COUNTS, MultiTask, multitask_dataset
 from .networks import LifelongNetwork, count_parameters
 from .registry import METHODS, Method, build_network, build_shapes, can_build
 from .runs import PACKAGE, SAME, TRAINING, Record, RunConfig, made_with, run_together
-from .tasks import DATASETS, DataSet, Task, task_sequence
+from .datasets import DATASETS, task_sequence
+from .tasks import DataSet, Task
 
 # %% auto #0
 __all__ = ['Failure', 'carry_out', 'ReportProgress', 'epochs_of', 'epochs_done', 'Watch', 'cluster', 'RunsFailed', 'WorkerDied',
@@ -461,7 +462,7 @@ def scoring_interval(epochs: int, times: int, at_least: int = 1) -> int:
 
 
 def lifelong_study(
-    dataset: str = "shapes",  # a key of `tasks.DATASETS`
+    dataset: str = "shapes",  # a key of `datasets.DATASETS`
     methods: str | list[str] = "STL HPS DF-CNN",  # keys of `registry.METHODS`, or "all"
     epochs: int | None = None,  # per task; None: so many that a laptop finishes, far fewer than the paper's
     tasks: int | None = None,  # None: all ten

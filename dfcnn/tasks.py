@@ -12,14 +12,13 @@ from typing import Callable, NamedTuple
 import matplotlib.pyplot as plt
 import torch
 
-from .core import BadInput, check_choice, check_number, stream
-from .images import CIFAR100_CLASSES, CIFAR100_SUPERCLASSES, OFFICEHOME_CLASSES, Images, load_images
-from .shapes import OUTLINES, SHAPES_CLASSES, SHAPES_HOME_CLASSES, TEXTURES, shapes, shapes_home
+from .core import BadInput, stream
+from .images import CIFAR100_CLASSES, CIFAR100_SUPERCLASSES, OFFICEHOME_CLASSES, Images
+from .shapes import OUTLINES, TEXTURES
 
 # %% auto #0
-__all__ = ['CIFAR100_HALVES', 'OFFICEHOME_GROUPS', 'DRAWN', 'CIFAR_SPLIT', 'HOME_SPLIT', 'DATASETS', 'Split', 'Task',
-           'cifar100_groups', 'officehome_groups', 'shapes_groups', 'shapes_home_groups', 'split_counts', 'standardize',
-           'DataSet', 'task_sequence', 'show_tasks']
+__all__ = ['CIFAR100_HALVES', 'OFFICEHOME_GROUPS', 'Split', 'Task', 'cifar100_groups', 'officehome_groups', 'shapes_groups',
+           'shapes_home_groups', 'split_counts', 'standardize', 'DataSet', 'show_tasks']
 
 # %% ../nbs/03_tasks.ipynb #e22d522c
 class Split(NamedTuple):
@@ -169,76 +168,6 @@ class DataSet:
             return Split(standardize(x) if self.standardized else x, y)
 
         return Task(name, list(classes), *(as_split(*s) for s in self.pick(images, name, classes, seed, trial)))
-
-
-DRAWN = "These images are a stand-in that the package drew itself."
-
-CIFAR_SPLIT, HOME_SPLIT = dict(train=17, valid=3), dict(train=0.6, valid=0.1, test=0.3)
-DATASETS = {
-    d.name: d
-    for d in (
-        DataSet(
-            "shapes",
-            "Shapes (a stand-in drawn by the package)",
-            "cifar100",
-            lambda data_dir: shapes(),
-            shapes_groups,
-            CIFAR_SPLIT,
-            True,
-            look=20,
-            stand_in=DRAWN,
-            look_every=5,
-        ),
-        DataSet(
-            "shapes-home",
-            "Shapes at home (a stand-in drawn by the package)",
-            "officehome",
-            lambda data_dir: shapes_home(),
-            shapes_home_groups,
-            HOME_SPLIT,
-            False,
-            look=1,
-            stand_in=DRAWN,
-        ),
-        DataSet(
-            "cifar100",
-            "CIFAR-100",
-            "cifar100",
-            lambda data_dir: load_images("cifar100", data_dir),
-            cifar100_groups,
-            CIFAR_SPLIT,
-            True,
-            look=30,
-        ),
-        DataSet(
-            "officehome",
-            "Office-Home",
-            "officehome",
-            lambda data_dir: load_images("officehome", data_dir),
-            officehome_groups,
-            HOME_SPLIT,
-            False,
-            look=2,
-        ),
-    )
-}
-
-# %% ../nbs/03_tasks.ipynb #60609b04
-def task_sequence(
-    dataset: str,  # a key of `DATASETS`
-    images: Images | None = None,  # where they were loaded before; else they are loaded from `data_dir`
-    data_dir: str | Path | None = None,  # the user's folder, archive or parquet file
-    n_tasks: int | None = None,  # the first so many of the listed tasks; None: all
-    trial: int = 0,  # order and splits are this trial's own
-    seed: int = 0,
-) -> list[Task]:
-    "The tasks of one trial, in the order in which they are learned."
-    dataset = DATASETS[check_choice("data set", dataset, DATASETS)]
-    groups = dataset.groups()
-    n_tasks = len(groups) if n_tasks is None else check_number("tasks", n_tasks, 1, len(groups))
-    images = dataset.images(data_dir) if images is None else images
-    order = torch.randperm(n_tasks, generator=stream(seed, "trial", trial, "order")).tolist()
-    return [dataset.draw(images, *groups[i], seed, trial) for i in order]
 
 # %% ../nbs/03_tasks.ipynb #df167487
 def show_tasks(

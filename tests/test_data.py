@@ -13,11 +13,11 @@ import torch
 from conftest import picture
 from PIL import Image
 
-import dfcnn.multitask  # lists its data sets
 from dfcnn import images as images_module
 from dfcnn.core import BadInput
 from dfcnn.images import CIFAR100_CLASSES, OFFICEHOME_CLASSES, load_images
-from dfcnn.tasks import officehome_groups, task_sequence
+from dfcnn.datasets import task_sequence
+from dfcnn.tasks import officehome_groups
 
 
 @pytest.fixture(autouse=True)

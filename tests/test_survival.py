@@ -24,7 +24,7 @@ from dfcnn.core import BadInput
 from dfcnn.images import Images
 from dfcnn.runs import RunConfig, load_record, run
 from dfcnn.studies import lifelong_study
-from dfcnn.tasks import DATASETS
+from dfcnn.datasets import DATASETS
 
 PAPER = dict(batch_size=10, lr=1e-3, decay=2.5e-4, eval_every=2)
 LIFELONG = RunConfig("shapes", "DF-CNN", epochs=3, tasks=2, **PAPER)
