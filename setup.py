@@ -25,6 +25,5 @@ setup(
     extras_require={
         "dev": cfg["dev_requirements"].split(),
         "dask": cfg["dask_requirements"].split(),
-        "huggingface_hub": cfg["huggingface_hub_requirements"].split(),
     },
 )

@@ -12,11 +12,11 @@ import json
 import socket
 import struct
 import tarfile
+import warnings
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from itertools import chain, islice
 from pathlib import Path, PurePosixPath
 from typing import Callable, Iterable, Iterator
@@ -24,18 +24,19 @@ from typing import Callable, Iterable, Iterator
 import numpy as np
 import torch
 from fastprogress import progress_bar
+from filelock import FileLock
 from PIL import Image
 from torch.nn.functional import interpolate
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from .core import BadInput, cache_dir, simplify, writing
+from .core import BadInput, cache_dir, simplify, write_text, writing
 
 # %% auto #0
 __all__ = ['CIFAR100_SUPERCLASSES', 'CIFAR100_CLASSES', 'OFFICEHOME_CLASSES', 'LAYOUTS', 'IMAGE_SUFFIXES', 'IDX', 'ARCHIVES',
            'Images', 'Layout', 'members', 'decode', 'build', 'read_files', 'read_parquet', 'network',
-           'read_torchvision', 'from_arrays', 'idx_file', 'read_idx_file', 'read_idx', 'download_parquet', 'digits',
-           'locate', 'source_key', 'save_images', 'load_saved', 'cached', 'load_images']
+           'read_torchvision', 'from_arrays', 'idx_file', 'read_idx_file', 'read_idx', 'file_sha256', 'fetch',
+           'download_parquet', 'digits', 'locate', 'source_key', 'save_images', 'load_saved', 'cached', 'load_images']
 
 # %% ../nbs/01_images.ipynb #51b3b32b
 @dataclass
@@ -185,8 +186,7 @@ LAYOUTS = {
             " `OfficeHomeDataset_10072016.zip` from https://www.hemanthdv.org/officeHomeDataset.html and pass"
             " the folder that holds `Product` and `Real World` as data_dir; (b) the parquet files of the"
             " public data set `flwrlabs/office-home`, in data_dir; (c) their download, which happens by"
-            " itself when no data_dir is given, there is a network, and `pip install"
-            " 'dfcnn[huggingface-hub]'` was done."
+            " itself when no data_dir is given and there is a network."
         ),
     ),
 }
@@ -299,8 +299,6 @@ def read_files(layout: Layout, source: Path) -> Images:
 # %% ../nbs/01_images.ipynb #557734b6
 def read_parquet(layout: Layout, files: list[Path]) -> Images:
     "Images of parquet files with the columns `image` (bytes, or a struct with `bytes`), `domain` and `label`."
-    if not find_spec("pyarrow"):
-        raise BadInput("Reading parquet files needs pyarrow: pip install 'dfcnn[huggingface-hub]'.")
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -338,7 +336,11 @@ def read_parquet(layout: Layout, files: list[Path]) -> Images:
 
 # %% ../nbs/01_images.ipynb #351301b4
 @contextmanager
-def network(layout: Layout, seconds: float = 30):
+def network(
+    layout: Layout,
+    folder: Path | None = None,  # where a download that breaks is kept, if it is
+    seconds: float = 30,  # longest silence
+):
     "Turn the many ways in which a download fails into one sentence with the ways to get the data."
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(seconds)
@@ -347,9 +349,11 @@ def network(layout: Layout, seconds: float = 30):
     except BadInput:
         raise
     except Exception as e:
+        came = folder and any(f.stat().st_size for f in folder.glob("data/*"))
+        kept = f" What came so far is kept in '{folder}': the same command goes on from there." if came else ""
         raise BadInput(
-            f"{layout.title} could not be downloaded ({type(e).__name__}: {str(e).partition(chr(10))[0]})."
-            f" {layout.how_to_get}"
+            f"{layout.title} could not be downloaded"
+            f" ({type(e).__name__}: {str(e).strip().partition(chr(10))[0]}).{kept} {layout.how_to_get}"
         ) from e
     finally:
         socket.setdefaulttimeout(before)
@@ -416,20 +420,87 @@ def read_idx(layout: Layout, root: Path) -> Images:
             )
     return from_arrays(layout, *[(arrays[p, "images-idx3"], arrays[p, "labels-idx1"]) for p in layout.parts])
 
+# %% ../nbs/01_images.ipynb #342a38a0
+def file_sha256(path: Path) -> str:
+    "SHA-256 of a file's content, in hexadecimal digits."
+    h = hashlib.sha256()
+    with path.open("rb") as f:
+        while chunk := f.read(1 << 22):
+            h.update(chunk)
+    return h.hexdigest()
 
-def download_parquet(layout: Layout) -> list[Path]:
-    "Download the public parquet files of Office-Home (1.2 GB) through the `huggingface_hub` extra."
-    if not find_spec("huggingface_hub"):
-        raise BadInput(f"There is no data_dir, and huggingface_hub is not installed. {layout.how_to_get}")
-    from huggingface_hub import snapshot_download
 
-    folder = snapshot_download(
-        "flwrlabs/office-home",
-        repo_type="dataset",
-        allow_patterns="data/*.parquet",
-        local_dir=cache_dir() / "office-home-parquet",
-    )
-    return sorted(Path(folder).glob("data/*.parquet"))
+def fetch(
+    url: str,
+    path: Path,  # where the file goes when all of it is there and right
+    size: int,  # bytes that it must have
+    sha256: str,  # checksum that they must have
+    show: Callable[[int], None] = lambda came: None,  # is told how many bytes have come
+) -> None:
+    "Download a file of the hub, or what an earlier call left to do of it."
+    # http_get is the hub's plain HTTP: it goes on with part of a file and keeps to timeouts; Xet is passed by
+    from huggingface_hub.file_download import http_get
+    from huggingface_hub.utils import build_hf_headers
+
+    if path.is_file() and path.stat().st_size == size and file_sha256(path) == sha256:
+        return
+    part = path.with_name(f"{sha256}.part")
+    with part.open("ab") as f:
+        write = f.write
+
+        def counted(chunk: bytes) -> int:
+            show(f.tell() + len(chunk))
+            return write(chunk)
+
+        f.write = counted
+        if f.tell() < size:
+            http_get(url, f, resume_size=f.tell(), headers=build_hf_headers())
+    came = part.stat().st_size
+    if came != size or file_sha256(part) != sha256:
+        part.unlink()
+        wrong = f"{came:,} bytes instead of {size:,}" if came != size else f"another SHA-256 than {sha256}"
+        raise ValueError(f"'{path.name}' came with {wrong} and was removed: the same command fetches it again")
+    part.replace(path)
+
+# %% ../nbs/01_images.ipynb #777c059b
+def download_parquet(layout: Layout, folder: Path) -> list[Path]:
+    "The public parquet files of Office-Home (1.2 GB), of which those that `folder` lacks are downloaded to it."
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what its own progress bars lack: ours are shown
+        from huggingface_hub import HfApi, constants, hf_hub_url
+        from huggingface_hub.utils import disable_progress_bars
+
+        disable_progress_bars("huggingface_hub.http_get")
+    (folder / "data").mkdir(parents=True, exist_ok=True)
+    complete = folder / "complete.json"  # sizes of the files, written when all of them are there
+    with FileLock(folder / ".lock"):
+        sizes = json.loads(complete.read_text()) if complete.exists() else {}
+        if sizes and all((folder / f).is_file() and (folder / f).stat().st_size == n for f, n in sizes.items()):
+            return sorted(folder / f for f in sizes)
+        repo = "flwrlabs/office-home"
+        seconds = constants.HF_HUB_DOWNLOAD_TIMEOUT  # of silence, as for the files; else it waits for ever
+        info = HfApi().dataset_info(repo, files_metadata=True, timeout=seconds)
+        listed = [f for f in info.siblings if PurePosixPath(f.rfilename).match("data/*.parquet")]
+        if not listed or any(f.lfs is None for f in listed):
+            raise ValueError(f"the hub lists no parquet files of {repo}, or no checksums of them")
+        files = {f"data/{PurePosixPath(f.rfilename).name}": f for f in listed}
+        bar, before = progress_bar(range(max(1, sum(f.lfs.size for f in listed) >> 20))), 0
+        bar.comment = f"MiB of {layout.title} downloaded"
+        bar.update(0)
+
+        def show(came: int) -> None:
+            if mib := (before + came) >> 20:
+                bar.update(min(mib, bar.total - 1))
+
+        for path, f in files.items():
+            url = hf_hub_url(repo, f.rfilename, repo_type="dataset", revision=info.sha)
+            fetch(url, folder / path, f.lfs.size, f.lfs.sha256, show)
+            before += f.lfs.size
+        bar.update(bar.total)
+        write_text(complete, json.dumps({path: f.lfs.size for path, f in files.items()}))
+        for old in folder.glob("data/*.part"):  # begun when the data set had another content
+            old.unlink()
+        return sorted(folder / path for path in files)
 
 # %% ../nbs/01_images.ipynb #6873c155
 def digits() -> Images:
@@ -549,8 +620,9 @@ def load_images(
             if not (where / layout.torchvision[1]).is_dir():
                 read_torchvision(layout, where, download=True)
     else:
-        with network(layout):
-            kind, where = "parquet", download_parquet(layout)
+        folder = cache_dir() / "office-home-parquet"
+        with network(layout, folder):
+            kind, where = "parquet", download_parquet(layout, folder)
     read = dict(files=read_files, torchvision=read_torchvision, idx=read_idx, parquet=read_parquet)[kind]
 
     def make() -> Images:
