@@ -18,9 +18,14 @@ setup(
     author=cfg["author"],
     license="Apache-2.0",
     keywords=cfg["keywords"],
+    classifiers=[
+        f"Development Status :: {cfg['status']}",
+        f"Intended Audience :: {cfg['audience']}",
+        *(f"Programming Language :: Python :: {version}" for version in cfg["pythons"].split()),
+    ],
     packages=["dfcnn"],
     package_data={"dfcnn": ["targets.csv"]},
-    python_requires=f">={cfg['min_python']},<3.13",
+    python_requires=f">={cfg['min_python']}",
     install_requires=cfg["requirements"].split(),
     extras_require={
         "dev": cfg["dev_requirements"].split(),
