@@ -41,6 +41,7 @@ LIFELONG = (
         look=20,
         stand_in=DRAWN,
         look_every=5,
+        look_tasks=6,
     ),
     DataSet(
         "shapes-home",

@@ -465,7 +465,7 @@ def lifelong_study(
     dataset: str = "shapes",  # a key of `datasets.DATASETS`
     methods: str | list[str] = "STL HPS DF-CNN",  # keys of `registry.METHODS`, or "all"
     epochs: int | None = None,  # per task; None: so many that a laptop finishes, far fewer than the paper's
-    tasks: int | None = None,  # None: all ten
+    tasks: int | None = None,  # None: all ten; of the stand-in six where `epochs` is None, too
     trials: int = 1,
     seed: int = 0,
     data_dir: str | None = None,  # the user's images; None: download, or drawn by the package
@@ -481,8 +481,9 @@ def lifelong_study(
 ) -> Study:
     "Check everything, load the images, and list the runs: every method on the same trials."
     dataset = DATASETS[check_choice("data set", dataset, [d for d in DATASETS if not _is_multitask(d)])]
-    if score_every is None and epochs is None:
-        score_every = dataset.look_every
+    if epochs is None:  # a first look
+        score_every = dataset.look_every if score_every is None else score_every
+        tasks = dataset.look_tasks if tasks is None else tasks
     epochs = dataset.look if epochs is None else check_number("epochs", epochs, 1)
     score_every = scoring_interval(epochs, 200) if score_every is None else score_every
     eval_every = scoring_interval(epochs, 20, 10) if eval_every is None else eval_every

@@ -144,6 +144,7 @@ class DataSet:
     look: int  # epochs per task of a run that is a first look and no reproduction: see `runs`
     stand_in: str = ""  # what the images are, where they are not the paper's
     look_every: int = 1  # epochs between two scores of the task in hand in that first look
+    look_tasks: int | None = None  # and its number of tasks; None: all
 
     def pick(
         self, images: Images, name: str, classes: list[str], seed: int, trial: int
