@@ -380,7 +380,7 @@ class Study:
             while left:
                 alone = deaths == 2  # to find out whose fault it is
                 try:
-                    for c, result in self.side_by_side(left[:1] if alone else left, alone):
+                    for c, result in self.side_by_side(left[:1] if alone else left, apart=deaths > 0):
                         finish(c, result)
                 except WorkerDied as e:
                     if alone:
