@@ -12,7 +12,7 @@ import shutil
 import threading
 import time
 import traceback
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from importlib.util import find_spec
@@ -21,6 +21,7 @@ from typing import Any, Callable, Iterator, Sequence
 
 import joblib
 import torch
+from joblib.externals.loky import get_reusable_executor
 from fastprogress import progress_bar
 from safetensors import SafetensorError, safe_open
 from torch.utils.flop_counter import FlopCounterMode
@@ -423,7 +424,12 @@ class Study:
         made_of = self.images.fingerprint, PACKAGE
         calls = [call(g, METHODS[g[0].method], images, made_of, where) for g in groups]
         engine = dict(backend="dask") if self.scheduler else dict(n_jobs=workers)
-        with cluster(self.scheduler) if self.scheduler else nullcontext(), joblib.parallel_config(**engine):
+        with ExitStack() as stack:
+            if self.scheduler:
+                stack.enter_context(cluster(self.scheduler))
+            elif not here:  # workers that wait for more would hold their memory, and this process when it ends
+                stack.callback(lambda: get_reusable_executor().shutdown(wait=True, kill_workers=True))
+            stack.enter_context(joblib.parallel_config(**engine))
             results = joblib.Parallel(return_as="generator_unordered", batch_size=1)(calls)
             while True:
                 try:

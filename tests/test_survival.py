@@ -123,6 +123,21 @@ lifelong_study(methods="STL HPS", tasks=2, epochs=200, output_dir={str(tmp_path)
             assert not path.with_name("summary.json").exists()
 
 
+def work_with_workers(folder: Path) -> None:
+    lifelong_study(methods="STL HPS", tasks=1, epochs=1, output_dir=str(folder), workers=2).run()
+
+
+def test_a_process_whose_study_is_over_can_end(tmp_path, processes):
+    "Workers that stay for five minutes, in case there is more to do, would keep it."
+    process = processes.Process(target=work_with_workers, args=(tmp_path,))
+    process.start()
+    while len([*tmp_path.rglob("summary.json")]) < 2:
+        assert process.is_alive()
+        time.sleep(0.1)
+    process.join(30)
+    assert process.exitcode == 0
+
+
 @pytest.fixture
 def dask_cluster(tmp_path):
     "Address of a dask scheduler with two workers, each a process that the test starts and stops."
