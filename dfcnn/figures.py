@@ -130,7 +130,11 @@ def caption(records: Sequence[Record]) -> str:
     length = f"SHORT RUN: {c.short}" if c.short else f"the paper's schedule of {c.epochs} epochs {per}"
     few = "" if trials >= paper.trials else f" (paper: {paper.trials})"
     scored = "" if c.together or c.score_every == 1 else f", scored every {c.score_every} epochs (paper: every one)"
-    return f"{DATASETS[c.dataset].title}. {trials} trial{'s' if trials > 1 else ''}{few}, {length}{scored}."
+    title = DATASETS[c.dataset].title
+    if c.together:  # one of the fractions is in the title; a table may have several
+        fractions = dict.fromkeys(DATASETS[r.config.dataset].fraction for r in records)
+        title = title.replace(f" {DATASETS[c.dataset].fraction} of", f" {', '.join(fractions)} of")
+    return f"{title}. {trials} trial{'s' if trials > 1 else ''}{few}, {length}{scored}."
 
 # %% ../nbs/33_figures.ipynb #bc6e8c41
 def peak_table(records: Sequence[Record]) -> pd.DataFrame:  # a row for each method, values as text
