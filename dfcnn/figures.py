@@ -34,7 +34,7 @@ from .datasets import DATASETS
 
 # %% auto #0
 __all__ = ['SETTINGS', 'GREYS', 'LIFELONG_REPORT', 'ABLATION_REPORT', 'MULTITASK_REPORT', 'targets', 'target', 'parameter_table',
-           'size_table', 'by_method', 'caption', 'peak_table', 'learning_curves', 'forgetting_figure',
+           'size_table', 'comparable', 'by_method', 'caption', 'peak_table', 'learning_curves', 'forgetting_figure',
            'convergence_figure', 'matrix_figure', 'cost_table', 'by_fraction', 'error_table', 'cost_of_errors',
            'error_curves', 'write_report']
 
@@ -98,15 +98,18 @@ def size_table() -> pd.DataFrame:  # models x settings, values as text
     return wide.loc[list(dict.fromkeys(sizes.model)), list(SETTINGS)]
 
 # %% ../nbs/33_figures.ipynb #bf546484
+def comparable(record: Record) -> dict[str, object]:
+    "What records that are shown together have in common."
+    alike = {k: v for k, v in vars(record.config).items() if k not in ("method", "trial")}
+    return alike | {"data": record.made_with["data"]}
+
+
 def by_method(records: Sequence[Record]) -> dict[str, list[Record]]:  # method -> the records of its trials
     "Group records that may be shown together, or say why they may not."
     if not records:
         raise BadInput("There are no complete run records to show.")
-    alike = lambda r: {k: v for k, v in vars(r.config).items() if k not in ("method", "trial")} | {
-        "data": r.made_with["data"]
-    }
     for r in records:
-        differ = [k for k, v in alike(r).items() if v != alike(records[0])[k]]
+        differ = [k for k, v in comparable(r).items() if v != comparable(records[0])[k]]
         if differ:
             raise BadInput(
                 f"The records '{records[0].folder.name}' and '{r.folder.name}' differ in {', '.join(differ)}"
@@ -127,7 +130,11 @@ def caption(records: Sequence[Record]) -> str:
     length = f"SHORT RUN: {c.short}" if c.short else f"the paper's schedule of {c.epochs} epochs {per}"
     few = "" if trials >= paper.trials else f" (paper: {paper.trials})"
     scored = "" if c.together or c.score_every == 1 else f", scored every {c.score_every} epochs (paper: every one)"
-    return f"{DATASETS[c.dataset].title}. {trials} trial{'s' if trials > 1 else ''}{few}, {length}{scored}."
+    title = DATASETS[c.dataset].title
+    if c.together:  # one of the fractions is in the title; a table may have several
+        fractions = dict.fromkeys(DATASETS[r.config.dataset].fraction for r in records)
+        title = title.replace(f" {DATASETS[c.dataset].fraction} of", f" {', '.join(fractions)} of")
+    return f"{title}. {trials} trial{'s' if trials > 1 else ''}{few}, {length}{scored}."
 
 # %% ../nbs/33_figures.ipynb #bc6e8c41
 def peak_table(records: Sequence[Record]) -> pd.DataFrame:  # a row for each method, values as text

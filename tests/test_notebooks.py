@@ -11,14 +11,16 @@ import sys
 from pathlib import Path
 
 import nbformat
+import pandas as pd
 import pytest
 
 from dfcnn.registry import METHODS
+from dfcnn.verdicts import claims, scorecard, target_table
 
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
 NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
-APPLICATIONS = [n for n in NOTEBOOKS if n.stem in ("lifelong", "ablations", "mtl")]
+APPLICATIONS = [n for n in NOTEBOOKS if n.stem in ("lifelong", "ablations", "mtl", "paper")]
 
 
 def call(*args, cwd=ROOT, ok=True, **env) -> subprocess.CompletedProcess:
@@ -104,6 +106,30 @@ def test_mnist_shows_the_papers_errors(tmp_path, shared):
     assert row["paper at 3% (%)"] == "0.99" and row["at 3%"] in ("within", "outside")
 
 
+def test_every_listed_claim_and_number_has_its_row(shared):
+    lines = (shared / "paper/claims.md").read_text().splitlines()
+    listed = [line.split("|")[1].strip() for line in lines if line.startswith("|")][2:]
+    assert scorecard([]).id.tolist() == listed and len(listed) > 20
+    assert target_table([]).source.tolist() == pd.read_csv(shared / "paper/targets.csv").source.tolist()
+
+
+def test_the_paper_is_shown_beside_the_records(tmp_path):
+    out, notebook = tmp_path / "out.ipynb", ROOT / "nbs/paper.ipynb"
+    papermill(out, "records", ROOT / "reports", notebook=notebook)
+    read = lambda name: list(csv.DictReader((tmp_path / f"reports/paper/{name}.csv").open()))
+    assert [row["id"] for row in read("scorecard")] == [c.id for c in claims()]
+    assert len(read("targets")) == 200
+    known = {"reproduced", "contradicted", "undecided", "not run"}
+    assert {row["verdict"] for row in read("scorecard")} <= known
+    verdicts = {row["id"]: row["verdict"] for row in read("scorecard")}
+    assert verdicts["C2"] == "reproduced" and verdicts["O1"] == "not run"  # counted; no images, so no records
+    cells = nbformat.read(out, 4).cells
+    shown = "".join(json.dumps(c.get("outputs", [])) for c in cells)
+    assert shown.count("In the paper:") == 12 and shown.count("*Ours:* not run.") >= 4
+    assert shown.count("image/png") >= 3  # forgetting, convergence, learning curves
+    assert "SHORT RUN" in shown and "no record on Office-Home" in shown
+
+
 def test_officehome_runs_where_its_folder_is(tmp_path, home):
     papermill(
         tmp_path / "out.ipynb",
@@ -141,6 +167,11 @@ def test_cifar100_shows_the_papers_numbers(tmp_path, shared):
 
 
 REFUSED = {  # notebook -> parameters and what is said of them
+    "paper": [
+        (("record", "."), "Unknown parameter 'record'. Did you mean 'records'?"),
+        (("records", "nowhere"), "There is no folder 'nowhere'"),
+        (("records", "."), "There are no complete run records below '.'"),
+    ],
     "lifelong": [
         (("dataset", "cifar1000"), "Unknown data set 'cifar1000'. Did you mean 'cifar100'?"),
         (("methods", "STL XYZ"), "Unknown method 'XYZ'"),
