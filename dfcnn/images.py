@@ -311,7 +311,7 @@ def decode(
         raise
     except Exception as e:  # Pillow raises many kinds, depending on what is broken
         raise BadInput(
-            f"Image '{path}' cannot be read ({type(e).__name__}: {e}). Replace it or take it out of the folder."
+            f"Image '{path}' cannot be read ({type(e).__name__}). Replace it or take it out of the folder."
         ) from e
     if im.size != (size, size):
         im = im.resize((size, size), Image.Resampling.BILINEAR)
