@@ -505,6 +505,7 @@ def test_a_data_dir_that_is_none(tiny, data_dir):
         ("seed", 10**400, "from 0 to 9,223,372,036,854,775,807"),
         ("seed", float("nan"), "nan (float), which is no number"),
     ],
+    ids=["epochs", "trials", "workers", "threads", "400 digits", "nan"],
 )
 def test_sizes_that_only_a_typo_explains(tmp_path, name, value, said):
     from dfcnn.studies import lifelong_study
