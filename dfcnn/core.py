@@ -18,12 +18,24 @@ from typing import Any, Iterable
 import torch
 
 # %% auto #0
-__all__ = ['BadInput', 'simplify', 'check_choice', 'check_number', 'stream_seed', 'stream', 'seeded', 'pick_device',
-           'keep_memory', 'writing', 'write_text', 'cache_dir']
+__all__ = ['LARGEST', 'BadInput', 'brief', 'simplify', 'check_choice', 'check_number', 'check_path', 'stream_seed', 'stream',
+           'seeded', 'pick_device', 'keep_memory', 'writing', 'write_text', 'cache_dir']
 
 # %% ../nbs/00_core.ipynb #08872d6c
 class BadInput(ValueError):
     "An input that cannot be used. The message says what was wrong, what is allowed and what to do."
+
+    def __init__(self, message: str):
+        super().__init__(str(message).encode("utf-8", "backslashreplace").decode())
+
+
+def brief(value: Any) -> str:
+    "`value` as a refusal quotes it: never too long, whatever it is."
+    try:
+        text = repr(value)
+    except Exception:  # an int of more than 4,300 digits, or a class with a faulty __repr__
+        text = f"a value that cannot be written out"
+    return text if len(text) <= 100 else f"{text[:60]}... ({len(text)} characters)"
 
 # %% ../nbs/00_core.ipynb #3c79050a
 def simplify(name: str) -> str:
@@ -46,20 +58,40 @@ def check_choice(
     raise BadInput(f"Unknown {what} '{value}'.{hint} Choose from: {', '.join(choices)}.")
 
 # %% ../nbs/00_core.ipynb #ac1c0bd6
+LARGEST = 2**63 - 1  # what torch and numpy keep as a whole number
+
+
 def check_number(
     what: str,  # the parameter's name
     value: Any,  # what the user gave
     low: float = 0,  # smallest allowed value
-    high: float = float("inf"),  # largest allowed value
+    high: float = LARGEST,  # largest allowed value
     whole: bool = True,  # must it be a whole number?
 ) -> int | float:
     "`value` as a number between `low` and `high`, or a `BadInput` that says what is expected."
-    kind = "a whole number" if whole else "a number"
-    span = f"of at least {low}" if high == float("inf") else f"from {low} to {high}"
-    ok = isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high
-    if ok and (not whole or float(value).is_integer()):
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if number and low <= value <= high and (not whole or value == int(value)):
         return int(value) if whole else float(value)
-    raise BadInput(f"Parameter '{what}' must be {kind} {span}, but it is {value!r} ({type(value).__name__}).")
+    kind = "a whole number" if whole else "a number"
+    open_end = high == LARGEST and not (number and value > high)  # a limit that was not met is not worth a word
+    span = f"of at least {low:,}" if open_end else f"from {low:,} to {high:,}"
+    no = ", which is no number" if number and value != value else ""
+    raise BadInput(
+        f"Parameter '{what}' must be {kind} {span}, but it is {brief(value)} ({type(value).__name__}){no}."
+    )
+
+# %% ../nbs/00_core.ipynb #4165f83a
+def check_path(
+    what: str,  # the parameter's name
+    value: Any,  # what the user gave
+) -> Path:  # absolute, without `~` and links; it need not exist
+    "`value` as a path, or a `BadInput` that says why it is none."
+    try:
+        if not os.fspath(value):
+            raise ValueError("it is empty")
+        return Path(value).expanduser().resolve()
+    except (TypeError, ValueError, RuntimeError, OSError) as e:
+        raise BadInput(f"Parameter '{what}' must be a path, but it is {brief(value)} ({e}).") from e
 
 # %% ../nbs/00_core.ipynb #f369e02c
 def stream_seed(

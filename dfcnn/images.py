@@ -9,15 +9,17 @@ import gzip
 import hashlib
 import io
 import json
+import math
+import os
 import socket
 import struct
 import tarfile
 import warnings
-import zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import chain, islice
+from functools import partial
+from itertools import chain, count, islice
 from pathlib import Path, PurePosixPath
 from typing import Callable, Iterable, Iterator
 
@@ -30,13 +32,15 @@ from torch.nn.functional import interpolate
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from .core import BadInput, cache_dir, simplify, write_text, writing
+from .core import BadInput, brief, cache_dir, check_path, simplify, write_text, writing
 
 # %% auto #0
-__all__ = ['CIFAR100_SUPERCLASSES', 'CIFAR100_CLASSES', 'OFFICEHOME_CLASSES', 'LAYOUTS', 'IMAGE_SUFFIXES', 'IDX', 'ARCHIVES',
-           'Images', 'Layout', 'members', 'decode', 'build', 'read_files', 'read_parquet', 'network',
-           'read_torchvision', 'from_arrays', 'idx_file', 'read_idx_file', 'read_idx', 'file_sha256', 'fetch',
-           'download_parquet', 'digits', 'locate', 'source_key', 'save_images', 'load_saved', 'cached', 'load_images']
+__all__ = ['CIFAR100_SUPERCLASSES', 'CIFAR100_CLASSES', 'OFFICEHOME_CLASSES', 'LAYOUTS', 'IMAGE_SUFFIXES', 'MOST_FILES',
+           'MOST_BYTES', 'MOST_OF_ONE', 'MOST_PIXELS', 'IDX', 'MOST_OF_IDX', 'ARCHIVES', 'Images', 'Layout',
+           'check_file', 'check_size', 'read_file', 'Member', 'members', 'decode', 'build', 'read_files',
+           'read_parquet', 'network', 'read_torchvision', 'from_arrays', 'idx_file', 'read_idx_file', 'read_idx',
+           'file_sha256', 'fetch', 'download_parquet', 'digits', 'locate', 'source_key', 'save_images', 'load_saved',
+           'cached', 'load_images']
 
 # %% ../nbs/01_images.ipynb #51b3b32b
 @dataclass
@@ -191,33 +195,96 @@ LAYOUTS = {
     ),
 }
 
-# %% ../nbs/01_images.ipynb #be540365
+# %% ../nbs/01_images.ipynb #808fb579
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp"}
+MOST_FILES = 100_000  # images in a folder, members of an archive, rows of a parquet file
+MOST_BYTES = 4 << 30  # of an archive or a parquet file, unpacked
+MOST_OF_ONE = 32 << 20  # bytes of an image file
+MOST_PIXELS = 89_478_485  # of an image: 256 MiB as RGB, Pillow's own limit
+
+
+def check_file(path: Path) -> Path:
+    "`path` if it is a file, or a link to one."
+    if not path.is_file():
+        raise BadInput(
+            f"'{path}' is a folder, a pipe, a device or a link to nothing, where a file is expected. Replace it"
+            " or take it away."
+        )
+    return path
+
+
+def check_size(source: str, files: int, size: int) -> None:
+    "Refuse a source with more files, or more bytes when unpacked, than the limits above."
+    if files > MOST_FILES or size > MOST_BYTES:
+        raise BadInput(
+            f"{source} holds {files:,} files or more, and unpacked {size:,} bytes or more. At most"
+            f" {MOST_FILES:,} files and {MOST_BYTES:,} bytes are read: leave in it only the images of this data set."
+        )
+
+
+def read_file(path: Path) -> bytes:
+    "The content of an image file."
+    try:
+        if (size := check_file(path).stat().st_size) > MOST_OF_ONE:
+            raise BadInput(f"Image '{path}' has {size:,} bytes, but at most {MOST_OF_ONE:,} are read. Take it away.")
+        return path.read_bytes()
+    except OSError as e:
+        raise BadInput(f"Image '{path}' cannot be read ({e}). Replace it or take it away.") from e
+
+# %% ../nbs/01_images.ipynb #be540365
+class Member(tarfile.TarInfo):
+    "A member of an archive, whose header must make sense."
+
+    @classmethod
+    def frombuf(cls, *args):
+        try:
+            member = super().frombuf(*args)
+        except tarfile.EOFHeaderError:  # the mark of the end
+            raise
+        except tarfile.HeaderError as e:
+            raise ValueError(f"{e} where a file or the end should begin") from e
+        if member.size < 0 or (member.size > MOST_OF_ONE and not member.isreg()):  # a long name, or its like
+            raise ValueError(f"a header of {member.size:,} bytes")
+        return member
 
 
 def members(
     source: Path,  # a folder, or a .tar, .tgz or .tar.gz archive
 ) -> Iterator[tuple[PurePosixPath, Callable[[], bytes]]]:  # path inside the source; a function that reads it
-    "The image files of a folder or an archive, whichever `source` is."
+    "The image files of a folder, three levels down, or of an archive, wherever they are."
     if source.is_dir():
-        for f in sorted(source.rglob("*")):
-            if f.suffix.lower() in IMAGE_SUFFIXES:
-                yield PurePosixPath(*f.relative_to(source).parts), f.read_bytes
+        files = [f for f in sorted(source.glob("*/*/*")) if f.suffix.lower() in IMAGE_SUFFIXES]
+        check_size(f"Folder '{source}'", len(files), 0)
+        for f in files:
+            yield PurePosixPath(*f.relative_to(source).parts), partial(read_file, f)
         return
+    names, size = set(), 0
     try:
-        with tarfile.open(source) as tar:
-            for m in tar:
-                path = PurePosixPath(m.name)
-                if m.issym() or m.islnk() or path.is_absolute() or ".." in path.parts:
+        with tarfile.open(check_file(source), tarinfo=Member) as tar:
+            for n, m in enumerate(tar, 1):
+                path, size = PurePosixPath(m.name), size + abs(m.size)
+                check_size(f"Archive '{source}'", n, size)
+                if not (m.isreg() or m.isdir()) or path.is_absolute() or ".." in path.parts:
                     raise BadInput(
-                        f"Archive '{source}' holds '{m.name}', a link or a path that leaves its folder. It is"
-                        " not read."
+                        f"Archive '{source}' holds '{m.name}', a link, a pipe, a device or a path that leaves its"
+                        " folder. It is not read."
                     )
-                if m.isfile() and path.suffix.lower() in IMAGE_SUFFIXES:
-                    data = tar.extractfile(m).read()
-                    yield path, lambda data=data: data
-    except (tarfile.TarError, zlib.error, EOFError, OSError) as e:
-        raise BadInput(f"Archive '{source}' cannot be read ({e}). Is it complete?") from e
+                if not m.isreg() or path.suffix.lower() not in IMAGE_SUFFIXES:
+                    continue
+                if path in names or m.size > MOST_OF_ONE:
+                    why = "twice" if path in names else f"with {m.size:,} bytes (at most {MOST_OF_ONE:,} are read)"
+                    raise BadInput(f"Archive '{source}' holds '{path}' {why}. Pack it anew without that.")
+                names.add(path)
+                data = tar.extractfile(m).read()
+                yield path, lambda data=data: data
+            while rest := tar.fileobj.read(1 << 20):
+                check_size(f"Archive '{source}'", len(names), size := size + len(rest))
+                if any(rest):
+                    raise ValueError("something follows after its end")
+    except BadInput:
+        raise
+    except Exception as e:  # tarfile, zlib and lzma raise many kinds, depending on what is broken
+        raise BadInput(f"Archive '{source}' cannot be read ({type(e).__name__}: {e}). Is it complete?") from e
 
 # %% ../nbs/01_images.ipynb #66eedd48
 def decode(
@@ -226,17 +293,27 @@ def decode(
     "Decode one image file to RGB, or to grey."
     try:
         with Image.open(io.BytesIO(data)) as im:
+            im.verify()
+        with Image.open(io.BytesIO(data)) as im:
+            deep = im.mode[0] in "IF" or (im.format == "PNG" and data[24] > 8)  # byte 24: a PNG's bits per value
+            if why := (
+                f"is {im.width}x{im.height}, but {size}x{size} was expected: is this the right data set?"
+                if not resize and im.size != (size, size)
+                else f"is {im.width}x{im.height}, but at most {MOST_PIXELS:,} pixels are read. Make it smaller."
+                if im.width * im.height > MOST_PIXELS
+                else "has more than 8 bits for each value of a pixel. Convert it to 8 bits."
+                if deep
+                else ""
+            ):
+                raise BadInput(f"Image '{path}' {why}")
             im = im.convert("RGB" if channels == 3 else "L")
+    except BadInput:
+        raise
     except Exception as e:  # Pillow raises many kinds, depending on what is broken
         raise BadInput(
             f"Image '{path}' cannot be read ({type(e).__name__}). Replace it or take it out of the folder."
         ) from e
     if im.size != (size, size):
-        if not resize:
-            raise BadInput(
-                f"Image '{path}' is {im.width}x{im.height}, but {size}x{size} was expected: is this the right"
-                " data set?"
-            )
         im = im.resize((size, size), Image.Resampling.BILINEAR)
     return np.ascontiguousarray(np.asarray(im).reshape(size, size, channels).transpose(2, 0, 1))
 
@@ -293,19 +370,34 @@ def build(
 
 def read_files(layout: Layout, source: Path) -> Images:
     "Images of a folder or archive laid out as `.../<part>/<class>/<file>`."
-    items = ((p, p.parts[-3], p.parts[-2], read) for p, read in members(source) if len(p.parts) >= 3)
-    return build(layout, items, str(source))
+    parts, folders = {simplify(p) for p in layout.parts}, {}
+
+    def items():
+        for path, read in members(source):
+            if len(path.parts) < 3 or simplify(path.parts[-3]) not in parts:
+                continue
+            part, cls = path.parts[-3:-1]
+            folder = folders.setdefault((simplify(part), simplify(cls)), path.parent)
+            if folder != path.parent:
+                raise BadInput(
+                    f"'{source}' holds {part}/{cls} twice: in '{folder}' and in '{path.parent}'. Take one of them away."
+                )
+            yield path, part, cls, read
+
+    return build(layout, items(), str(source))
 
 # %% ../nbs/01_images.ipynb #557734b6
 def read_parquet(layout: Layout, files: list[Path]) -> Images:
     "Images of parquet files with the columns `image` (bytes, or a struct with `bytes`), `domain` and `label`."
-    import pyarrow as pa
     import pyarrow.parquet as pq
 
     def items():
         for f in files:
             try:
-                table = pq.ParquetFile(f)
+                table, rows = pq.ParquetFile(check_file(f), page_checksum_verification=True), count()
+                meta = table.metadata
+                groups = [meta.row_group(i).total_byte_size for i in range(meta.num_row_groups)]
+                check_size(f"Parquet file '{f}'", meta.num_rows, sum(groups))
                 missing = {"image", "domain", "label"} - set(table.schema_arrow.names)
                 if missing:
                     raise BadInput(
@@ -326,11 +418,15 @@ def read_parquet(layout: Layout, files: list[Path]) -> Images:
                             if label not in range(len(names)):
                                 raise BadInput(
                                     f"'{f}' has the label {label!r}, which is none of {len(names)} classes."
+                                    f" {layout.how_to_get}"
                                 )
-                            label = names[label]
-                        yield PurePosixPath(f.name) / str(i), row["domain"], label, lambda data=data: data
-            except (pa.ArrowException, OSError) as e:
-                raise BadInput(f"Parquet file '{f}' cannot be read ({e}). Is it complete?") from e
+                            label = str(names[label])
+                        path = PurePosixPath(f.name, f"row {next(rows)}", str(i))  # the last orders the images
+                        yield path, row["domain"], label, lambda data=data: data
+            except BadInput:
+                raise
+            except Exception as e:  # pyarrow raises many kinds, and metadata may have any form
+                raise BadInput(f"Parquet file '{f}' cannot be read ({type(e).__name__}: {e}). Is it complete?") from e
 
     return build(layout, items(), ", ".join(map(str, files)))
 
@@ -364,29 +460,50 @@ def read_torchvision(layout: Layout, root: Path, download: bool = False) -> Imag
     from torchvision import datasets
 
     kind = getattr(datasets, layout.torchvision[0])
-    halves = [kind(root, train=train, download=download) for train in (True, False)]
+    try:
+        halves = [kind(root, train=train, download=download) for train in (True, False)]
+    except Exception as e:  # torchvision raises many kinds where its files are damaged or half there
+        if download:
+            raise
+        raise BadInput(
+            f"'{root}' holds a damaged {layout.title} ({type(e).__name__}: {e}). Remove it, or: {layout.how_to_get}"
+        ) from e
     if [c.partition(" ")[0] for c in halves[0].classes] != list(layout.classes):  # MNIST's are "0 - zero"
         raise BadInput(f"'{root}' lists other classes than {layout.title}. {layout.how_to_get}")
-    return from_arrays(layout, *[(np.asarray(h.data), np.asarray(h.targets)) for h in halves])
+    return from_arrays(layout, root, *[(np.asarray(h.data), np.asarray(h.targets)) for h in halves])
 
-
-def from_arrays(layout: Layout, *parts: tuple[np.ndarray, np.ndarray]) -> Images:
-    "Images of arrays: pixels (n, height, width, channels) or (n, height, width), and labels (n,), for each part."
-    x = np.concatenate([x.reshape(-1, layout.size, layout.size, layout.channels) for x, _ in parts])
+# %% ../nbs/01_images.ipynb #295e48b2
+def from_arrays(
+    layout: Layout,
+    source: Path,  # named in errors
+    *parts: tuple[np.ndarray, np.ndarray],  # of each part: pixels (n, height, width, channels), labels (n,)
+) -> Images:
+    "Images of arrays; grey ones may lack the axis of channels."
+    form = layout.size, layout.size, layout.channels
+    for name, (x, y) in zip(layout.parts, parts):
+        fits = x.shape[1:] == form or (layout.channels == 1 and x.shape[1:] == form[:2])
+        strange = int(((y < 0) | (y >= len(layout.classes))).sum())
+        if not fits or x.dtype != np.uint8 or y.shape != x.shape[:1] or y.dtype.kind not in "iu" or strange:
+            raise BadInput(
+                f"'{source}' holds for '{name}' pixels {x.shape} of {x.dtype} and labels {y.shape} of {y.dtype},"
+                f" {strange} of which are no class. That is not {layout.title}. {layout.how_to_get}"
+            )
+    x = np.concatenate([x.reshape(-1, *form) for x, _ in parts])
     y = np.concatenate([y for _, y in parts]).astype("int64")
     part = torch.arange(len(parts)).repeat_interleave(torch.tensor([len(y) for _, y in parts]))
     x = torch.from_numpy(x).permute(0, 3, 1, 2).contiguous()
     return Images(x, torch.from_numpy(y), part, list(layout.classes), list(layout.parts))
 
-
+# %% ../nbs/01_images.ipynb #183e7c73
 IDX = {"train": "train", "test": "t10k"}  # how the files of a part begin
+MOST_OF_IDX = 1 << 30  # values in an idx file
 
 
 def idx_file(root: Path, part: str, kind: str) -> Path | None:
     "The idx file of a part, packed or not; `kind` is 'images-idx3' or 'labels-idx1'."
     for suffix in ("", ".gz"):
         for stem in (f"{IDX[part]}-{kind}-ubyte", f"{IDX[part]}-{kind.replace('-idx', '.idx')}-ubyte"):
-            if (root / f"{stem}{suffix}").is_file():
+            if os.path.lexists(root / f"{stem}{suffix}"):
                 return root / f"{stem}{suffix}"
     return None
 
@@ -394,14 +511,23 @@ def idx_file(root: Path, part: str, kind: str) -> Path | None:
 def read_idx_file(path: Path) -> np.ndarray:  # uint8, of the shape that the file says
     "The array in an idx file: two zeros, type, number of axes, their lengths, values."
     try:
-        raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-        zeros, kind, axes = struct.unpack(">HBB", raw[:4])
-        shape = struct.unpack(f">{axes}I", raw[4 : 4 + 4 * axes])
-        if zeros or kind != 8:
-            raise ValueError("not an idx file of bytes")
-        return np.frombuffer(raw, "uint8", offset=4 + 4 * axes).reshape(shape)
-    except (OSError, EOFError, zlib.error, struct.error, ValueError) as e:
-        raise BadInput(f"'{path}' cannot be read as an idx file ({e}). Is it complete?") from e
+        with (gzip.open if path.suffix == ".gz" else open)(check_file(path), "rb") as f:
+            zeros, kind, axes = struct.unpack(">HBB", f.read(4))
+            shape = struct.unpack(f">{axes}I", f.read(4 * axes))
+            n = math.prod(shape)
+            if zeros or kind != 8:
+                raise ValueError("its first bytes are not 0, 0 and 8")
+            if n > MOST_OF_IDX:
+                raise ValueError(f"its header speaks of {brief(n)} values, and at most {MOST_OF_IDX:,} are read")
+            raw = f.read(n + 1)  # one more than there should be, which also has gzip compare its checksum
+        if len(raw) != n:
+            more = "more" if len(raw) > n else f"only {len(raw):,}"
+            raise ValueError(f"its header speaks of {n:,} values, and there are {more}")
+        return np.frombuffer(raw, "uint8").reshape(shape)
+    except BadInput:
+        raise
+    except Exception as e:  # struct, gzip, zlib and numpy raise many kinds
+        raise BadInput(f"'{path}' cannot be read as an idx file ({type(e).__name__}: {e}). Is it complete?") from e
 
 
 def read_idx(layout: Layout, root: Path) -> Images:
@@ -411,14 +537,7 @@ def read_idx(layout: Layout, root: Path) -> Images:
     if missing:
         raise BadInput(f"'{root}' lacks {', '.join(missing)} (or the same with .gz). {layout.how_to_get}")
     arrays = {key: read_idx_file(f) for key, f in files.items()}
-    for p in layout.parts:
-        x, y = arrays[p, "images-idx3"], arrays[p, "labels-idx1"]
-        if x.shape[1:] != (layout.size,) * 2 or len(x) != len(y) or y.max(initial=0) >= len(layout.classes):
-            raise BadInput(
-                f"The idx files of '{p}' in '{root}' hold images {x.shape} and labels {y.shape}, which is not"
-                f" {layout.title}. {layout.how_to_get}"
-            )
-    return from_arrays(layout, *[(arrays[p, "images-idx3"], arrays[p, "labels-idx1"]) for p in layout.parts])
+    return from_arrays(layout, root, *[(arrays[p, "images-idx3"], arrays[p, "labels-idx1"]) for p in layout.parts])
 
 # %% ../nbs/01_images.ipynb #342a38a0
 def file_sha256(path: Path) -> str:
@@ -523,10 +642,11 @@ ARCHIVES = (".tgz", ".tar.gz", ".tar")
 
 def locate(layout: Layout, data_dir: str | Path) -> tuple[str, Path | list[Path]]:  # kind of source, where
     "What `data_dir` holds of this data set: 'files', 'torchvision', 'idx' or 'parquet', and where."
-    root = Path(data_dir).expanduser().resolve()
-    if not root.exists():
+    root = check_path("data_dir", data_dir)
+    if not os.path.exists(root):
         raise BadInput(f"Data folder '{data_dir}' does not exist (looked in '{root}'). {layout.how_to_get}")
-    if root.is_file():
+    if not root.is_dir():
+        check_file(root)
         if root.suffix == ".parquet":
             return "parquet", [root]
         if root.name.endswith(ARCHIVES):
@@ -539,21 +659,21 @@ def locate(layout: Layout, data_dir: str | Path) -> tuple[str, Path | list[Path]
         if any((root / sub / part).is_dir() for part in layout.parts):
             return "files", root / sub
         for suffix in ARCHIVES:
-            if sub and (root / f"{sub}{suffix}").is_file():
-                return "files", root / f"{sub}{suffix}"
+            if sub and os.path.lexists(root / f"{sub}{suffix}"):
+                return "files", check_file(root / f"{sub}{suffix}")
     if layout.torchvision[1] and (root / layout.torchvision[1]).is_dir():
         return "torchvision", root
     if layout.name == "mnist" and any(idx_file(root, p, "images-idx3") for p in layout.parts):
         return "idx", root
     parquet = sorted(chain(root.glob("*.parquet"), root.glob("data/*.parquet")))
     if layout.name == "officehome" and parquet:
-        return "parquet", parquet
+        return "parquet", [check_file(f) for f in parquet]
     raise BadInput(f"There is no {layout.title} in '{data_dir}'. {layout.how_to_get}")
 
 # %% ../nbs/01_images.ipynb #b9e48744
 def source_key(layout: Layout, kind: str, where: Path | list[Path]) -> str:
     "A key that changes when the source changes."
-    h = hashlib.sha256(f"1/{layout.name}/{layout.size}/{kind}".encode())  # 1: version of the cached form
+    h = hashlib.sha256(f"2/{layout.name}/{layout.size}/{kind}".encode())  # 2: version of what is checked
     if kind == "files" and where.is_file():
         with where.open("rb") as f:
             while chunk := f.read(1 << 22):
@@ -561,10 +681,11 @@ def source_key(layout: Layout, kind: str, where: Path | list[Path]) -> str:
         return h.hexdigest()
     if kind == "torchvision":
         where = where / layout.torchvision[1]
-    files = where if isinstance(where, list) else sorted(f for f in where.rglob("*") if f.is_file())
+    pattern = "*/*/*" if kind == "files" else "**/*"  # as `members` looks
+    files = where if isinstance(where, list) else sorted(f for f in where.glob(pattern) if f.is_file())
     for f in files:
         stat = f.stat()
-        h.update(f"{f.as_posix()}/{stat.st_size}/{stat.st_mtime_ns}".encode())
+        h.update(os.fsencode(f) + f"/{stat.st_size}/{stat.st_mtime_ns}".encode())
     return h.hexdigest()
 
 
@@ -579,9 +700,9 @@ def save_images(images: Images, path: Path) -> None:
 
 def load_saved(path: Path) -> Images | None:
     "The images kept at `path`, or None where they are missing or do not pass their checksum."
-    if not path.exists():
-        return None
     try:
+        if not path.is_file():
+            return None
         with safe_open(path, "pt") as f:
             meta = f.metadata()
             images = Images(
@@ -601,7 +722,13 @@ def cached(key: str, make: Callable[[], Images]) -> Images:
     images = load_saved(path)
     if images is None:
         images = make()
-        save_images(images, path)
+        try:
+            save_images(images, path)
+        except (OSError, SafetensorError) as e:
+            print(
+                f"The image cache {str(path.parent)!r} cannot be written ({e}), so images are read anew each time. Let"
+                " DFCNN_CACHE name a folder that can be."
+            )
     return images
 
 # %% ../nbs/01_images.ipynb #f4746a7c
@@ -624,13 +751,4 @@ def load_images(
         with network(layout, folder):
             kind, where = "parquet", download_parquet(layout, folder)
     read = dict(files=read_files, torchvision=read_torchvision, idx=read_idx, parquet=read_parquet)[kind]
-
-    def make() -> Images:
-        try:
-            return read(layout, where)
-        except RuntimeError as e:  # torchvision's word for a download that is damaged or half there
-            raise BadInput(
-                f"'{where}' holds a damaged {layout.title} ({e}). Remove it, or: {layout.how_to_get}"
-            ) from e
-
-    return cached(f"{name}-{source_key(layout, kind, where)[:16]}", make)
+    return cached(f"{name}-{source_key(layout, kind, where)[:16]}", lambda: read(layout, where))

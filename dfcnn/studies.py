@@ -490,10 +490,10 @@ def lifelong_study(
     if epochs is None:  # a first look
         score_every = dataset.look_every if score_every is None else score_every
         tasks = dataset.look_tasks if tasks is None else tasks
-    epochs = dataset.look if epochs is None else check_number("epochs", epochs, 1)
+    epochs = dataset.look if epochs is None else check_number("epochs", epochs, 1, 1_000_000)
     score_every = scoring_interval(epochs, 200) if score_every is None else score_every
     eval_every = scoring_interval(epochs, 20, 10) if eval_every is None else eval_every
-    every = check_number("score_every", score_every, 1), check_number("eval_every", eval_every, 1)
+    every = check_number("score_every", score_every, 1, 1_000_000), check_number("eval_every", eval_every, 1, 1_000_000)
     common = dict(methods=methods, trials=trials, seed=seed, data_dir=data_dir, output_dir=output_dir)
     engine = dict(
         device=device, workers=workers, threads=threads, scheduler=scheduler, stack=stack, tf32=tf32
@@ -534,8 +534,8 @@ def multitask_study(
     datasets = [multitask_dataset(dataset, distribution, f, pools) for f in names]
     datasets = list({d.name: d for d in datasets}.values())
     draw = check_choice("draw", draw, ["uniform", "round-robin"])
-    epochs = datasets[0].look if epochs is None else check_number("epochs", epochs, 1)
-    every = 1, check_number("eval_every", eval_every, 1)
+    epochs = datasets[0].look if epochs is None else check_number("epochs", epochs, 1, 1_000_000)
+    every = 1, check_number("eval_every", eval_every, 1, 1_000_000)
     common = dict(methods=methods, trials=trials, seed=seed, data_dir=data_dir, output_dir=output_dir)
     engine = dict(device=device, workers=workers, threads=threads, scheduler=scheduler, stack=None, tf32=tf32)
     return _study(datasets, f"{dataset}-{distribution}", draw, epochs, every, **common, **engine)
@@ -599,11 +599,11 @@ def _study(
             raise BadInput(
                 f"Parameter '{name}' must be True or False, but it is {value!r} ({type(value).__name__})."
             )
-    trials, device = check_number("trials", trials, 1), pick_device(device, tf32)
-    threads = check_number("threads", threads, 1)
+    trials, device = check_number("trials", trials, 1, 1_000), pick_device(device, tf32)
+    threads = check_number("threads", threads, 1, 1_000)
     if workers is None:
         workers = max(1, joblib.cpu_count() // threads) if device.type == "cpu" else 1
-    workers = check_number("workers", workers, 1)
+    workers = check_number("workers", workers, 1, 1_000)
     can_stack = not together and all(isinstance(n, int) for n in dataset.split.values())
     if stack and not can_stack:
         raise BadInput(
