@@ -11,12 +11,13 @@ from textwrap import fill
 from typing import Callable, Sequence
 
 import matplotlib.pyplot as plt
-from matplotlib.ticker import LogLocator, NullFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 import numpy as np
 import pandas as pd
 
 from .core import BadInput, writing
 from dfcnn.metrics import (
+    accuracy_by_epoch,
     accuracy_matrix,
     convergence_epochs,
     convergence_step,
@@ -35,8 +36,8 @@ from .datasets import DATASETS
 # %% auto #0
 __all__ = ['SETTINGS', 'GREYS', 'LIFELONG_REPORT', 'ABLATION_REPORT', 'MULTITASK_REPORT', 'targets', 'target', 'parameter_table',
            'size_table', 'comparable', 'by_method', 'caption', 'peak_table', 'learning_curves', 'forgetting_figure',
-           'convergence_figure', 'matrix_figure', 'cost_table', 'by_fraction', 'error_table', 'cost_of_errors',
-           'error_curves', 'write_report']
+           'convergence_figure', 'progress_figure', 'matrix_figure', 'cost_table', 'by_fraction', 'error_table',
+           'cost_of_errors', 'error_curves', 'write_report']
 
 # %% ../nbs/33_figures.ipynb #e7311ba1
 def targets() -> pd.DataFrame:
@@ -231,6 +232,7 @@ def learning_curves(records: Sequence[Record]) -> plt.Figure:
             f"{title_of(method)} ({np.mean([r.summary['parameters'] for r in rs]) / 1e6:.2f}M parameters)",
             fontsize=9,
         )
+        ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         ax.grid(alpha=0.3)
     fig.supxlabel("epochs of the run", fontsize=9)
     fig.supylabel("test accuracy (%)", fontsize=9)
@@ -284,6 +286,23 @@ def convergence_figure(records: Sequence[Record]) -> plt.Figure:
         f"epochs to 98% of peak{f' (to {step})' if step > 1 else ''}",
         shift=1,
     )
+
+# %% ../nbs/33_figures.ipynb #7d37cfd4
+def progress_figure(records: Sequence[Record]) -> plt.Figure:
+    "Mean test accuracy of a task by the epochs it has been trained for, with the interval over trials; dotted: the paper's peaks."
+    fig, ax = plt.subplots(figsize=(8, 3.4), layout="constrained")
+    for i, (method, rs) in enumerate(by_method(records).items()):
+        m, color, title = 100 * _mean_over_trials(rs, accuracy_by_epoch), f"C{i % 10}", title_of(method)
+        ax.plot(m["mean"], color=color, ls="-" if i < 10 else "--", lw=1.4, label=title)
+        ax.fill_between(m.index, m["mean"] - m.half, m["mean"] + m.half, color=color, alpha=0.2, lw=0)
+        peak, _ = target(rs[0].config.dataset, title, "peak_per_task_accuracy")
+        if not np.isnan(peak):
+            ax.axhline(peak, color=color, ls=":", lw=1.2)
+    ax.set(xscale="log", xlabel="epochs of the task", ylabel="test accuracy (%)")
+    ax.xaxis.set_major_formatter("{x:g}")
+    ax.grid(alpha=0.3)
+    fig.legend(fontsize=8, loc="outside right center")
+    return _finish(fig, records, "Accuracy of a task while it is trained, mean over the tasks")
 
 # %% ../nbs/33_figures.ipynb #b4fd126f
 def matrix_figure(records: Sequence[Record]) -> plt.Figure:
@@ -414,6 +433,7 @@ LIFELONG_REPORT = {
     "learning_curves.png": learning_curves,
     "forgetting.png": forgetting_figure,
     "convergence.png": convergence_figure,
+    "progress.png": progress_figure,
     "accuracy_matrix.png": matrix_figure,
 }
 ABLATION_REPORT = {**LIFELONG_REPORT, "costs.csv": cost_table}

@@ -15,8 +15,8 @@ from .core import check_choice
 
 # %% auto #0
 __all__ = ['own_phase', 'peak_accuracy', 'accuracy_at_best_valid', 'accuracy_matrix', 'forgetting_ratio', 'forgetting_curve',
-           'backward_transfer', 'convergence_epochs', 'convergence_step', 'seconds', 'mean_ci', 'task_means',
-           'summarize_together', 'summarize']
+           'backward_transfer', 'convergence_epochs', 'convergence_step', 'accuracy_by_epoch', 'seconds', 'mean_ci',
+           'task_means', 'summarize_together', 'summarize']
 
 # %% ../nbs/30_metrics.ipynb #7f8412ea
 def own_phase(
@@ -92,6 +92,11 @@ def convergence_epochs(
 def convergence_step(history: pd.DataFrame) -> int:
     "Epochs between two scores of a task in its own phase, the most there are: what `convergence_epochs` is known to."
     return int(own_phase(history).groupby(level=0).task_epoch.agg(lambda e: e.diff().fillna(e).max()).max())
+
+# %% ../nbs/30_metrics.ipynb #eba215e8
+def accuracy_by_epoch(history: pd.DataFrame) -> pd.Series:  # indexed by the epochs that a task has had, 0 to 1
+    "Mean test accuracy of the tasks, each while it is trained, by the epochs that it has had."
+    return own_phase(history).groupby("task_epoch").accuracy.mean()
 
 # %% ../nbs/30_metrics.ipynb #7a75675f
 def seconds(history: pd.DataFrame) -> pd.Series:  # 'training', 'evaluation'

@@ -28,6 +28,7 @@ from dfcnn.figures import (
     learning_curves,
     matrix_figure,
     peak_table,
+    progress_figure,
     target,
     targets,
 )
@@ -792,7 +793,7 @@ SHOWN = [
         "reduced form fall a little, and ProgNN stays level.",
     ),
     Shown(
-        "Fig. 3c: speed of convergence on CIFAR-100", C, _CIFAR100, (convergence_figure,),
+        "Fig. 3c: speed of convergence on CIFAR-100", C, _CIFAR100, (convergence_figure, progress_figure),
         "Both DF-CNNs need less than half the epochs of any other method, and fewer as tasks go by. HPS "
         "needs as many as STL.",
     ),
@@ -813,7 +814,7 @@ SHOWN = [
         "DF-CNN forgets next to nothing, HPS and DEN do forget.",
     ),
     Shown(
-        "Fig. 5c: speed of convergence on Office-Home", O, _HOME, (convergence_figure,),
+        "Fig. 5c: speed of convergence on Office-Home", O, _HOME, (convergence_figure, progress_figure),
         "DF-CNN reaches its level in fewer epochs than the others; HPS is faster on the last five tasks, "
         "whose classes it has seen in the other domain.",
     ),
