@@ -39,9 +39,8 @@ def save_tensors(tensors: dict[str, torch.Tensor], path: str | Path, **about: st
         with writing(path) as part:
             save_file(apart, part, {**about, "sha256": checksum(apart, about)})
     except (SafetensorError, OSError) as e:
-        raise OSError(
-            f"'{path}' could not be written ({e}). Is the disk full? What was there before is as it was."
-        ) from e
+        hint = "" if isinstance(e, PermissionError) else " Is the disk full?"
+        raise OSError(f"'{path}' could not be written ({e}).{hint} What was there before is as it was.") from e
 
 
 def load_tensors(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:

@@ -9,6 +9,7 @@ import ctypes
 import difflib
 import hashlib
 import os
+import re
 import tempfile
 from contextlib import contextmanager
 from functools import cache
@@ -51,11 +52,12 @@ def check_choice(
     "The entry of `choices` that `value` names, or a `BadInput` that lists them."
     choices = list(choices)
     by_simple = {simplify(c): c for c in choices}
-    if isinstance(value, str) and simplify(value) in by_simple:
+    plain = isinstance(value, str) and re.fullmatch(r"\w[\w .()%-]*", value.strip())  # "-10%" is not "10%"
+    if plain and simplify(value) in by_simple:
         return by_simple[simplify(value)]
     near = difflib.get_close_matches(simplify(value), by_simple, n=1)
     hint = f" Did you mean '{by_simple[near[0]]}'?" if near else ""
-    raise BadInput(f"Unknown {what} '{value}'.{hint} Choose from: {', '.join(choices)}.")
+    raise BadInput(f"Unknown {what} {brief(value)}.{hint} Choose from: {', '.join(choices)}.")
 
 # %% ../nbs/00_core.ipynb #ac1c0bd6
 LARGEST = 2**63 - 1  # what torch and numpy keep as a whole number

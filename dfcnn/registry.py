@@ -9,11 +9,12 @@ import hashlib
 import inspect
 import json
 import os
+import re
 from dataclasses import dataclass
 
 import torch
 
-from .core import BadInput, check_choice
+from .core import BadInput, brief, check_choice, simplify
 from .dfcnn import DFCNN, DFCNNDirect, DFCNNtc2
 from .expandable import DEN
 from .networks import ARCHITECTURES, LifelongNetwork
@@ -134,5 +135,10 @@ def register(
     note: str = "",  # what a reader must know where it learns tasks one after the other
 ) -> Method:
     "List a network of your own as a method, in this process; the workers of a study are told."
+    if not isinstance(name, str) or not re.fullmatch(r"\w[\w.()+-]{0,63}", name) or simplify(name) == "all":
+        raise BadInput(
+            f"A method's name is also the name of a folder, and is typed in lists: up to 64 letters, digits and"
+            f" . _ - + ( ), beginning with a letter or a digit, and not 'all', but it is {brief(name)}."
+        )
     METHODS[name] = Method(name, title or name, network, size, note, checksum_of(network))
     return METHODS[name]

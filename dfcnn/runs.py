@@ -11,7 +11,7 @@ import json
 import platform
 import subprocess
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
@@ -23,7 +23,7 @@ from filelock import FileLock, Timeout
 
 import dfcnn
 from .checkpoint import Checkpoint, load_tensors, save_tensors
-from .core import BadInput, stream_seed, write_text, writing
+from .core import BadInput, brief, stream_seed, write_text, writing
 from .images import Images
 from .learner import HISTORY, Callback, TaskLearner, lifelong_schedule, multitask_schedule, task_learner
 from .metrics import seconds, summarize, summarize_together
@@ -79,6 +79,21 @@ class RunConfig:
     schedule: str = "lifelong"  # or, for all tasks together, the way to draw one: "uniform", "round-robin"
     score_every: int = 1  # epochs between two scores of the task in hand, where tasks come one by one
 
+    def __post_init__(self):
+        kinds = dict(str=str, int=int, float=(int, float))
+        for f in fields(self):
+            if not isinstance(value := getattr(self, f.name), kinds[f.type]):
+                raise BadInput(f"'{f.name}' of a run must be of type {f.type}, but it is {brief(value)}.")
+
+    def check_listed(self):
+        "Refuse a data set or a method that this process does not list."
+        for what, name, listed in (("data set", self.dataset, DATASETS), ("method", self.method, METHODS)):
+            if name not in listed:
+                raise BadInput(
+                    f"The {what} {brief(name)} is not listed in this process. Listed are {', '.join(listed)}. A"
+                    " method of your own is listed by `registry.register`."
+                )
+
     @property
     def name(self) -> str:
         "Folder of the record: readable, and different for every configuration."
@@ -101,6 +116,7 @@ class RunConfig:
     @property
     def short(self) -> str:
         "What is shorter than in the paper, in words; empty for the paper's full schedule."
+        self.check_listed()
         paper, full = TRAINING[DATASETS[self.dataset].architecture], len(DATASETS[self.dataset].groups())
         per = "in all" if self.together else "per task"
         cut = [f"{self.epochs} of {paper.epochs} epochs {per}"] if self.epochs < paper.epochs else []
@@ -132,12 +148,17 @@ def load_record(folder: str | Path) -> Record:
         history = pd.read_csv(
             folder / "history.csv", dtype={k: t for k, t in HISTORY.items() if t != "object"}
         )
+        if list(history.columns) != list(HISTORY):
+            raise ValueError(f"history.csv has no columns {', '.join(HISTORY)}")
         done = folder / "summary.json"
         summary = json.loads(done.read_text(encoding="utf-8")) if done.exists() else {}
         summary = {k: float("nan") if v is None else v for k, v in summary.items()}
         return Record(folder, RunConfig(**config["config"]), config["made_with"], history, summary)
-    except (OSError, KeyError, TypeError, ValueError) as e:
-        raise BadInput(f"'{folder}' does not hold the record of a run ({type(e).__name__}: {e}).") from e
+    except (OSError, KeyError, TypeError, ValueError, RecursionError) as e:
+        raise BadInput(
+            f"'{folder}' does not hold the record of a run ({type(e).__name__}: {e}). Move the folder away; the"
+            " command that made it makes it anew."
+        ) from e
 
 
 def load_records(folder: str | Path) -> list[Record]:
@@ -225,7 +246,7 @@ def alone_in(folder: Path):
         print(f"Another process is at work in '{folder}'. Waiting until it has ended.", flush=True)
         lock.acquire()
     try:
-        for leftover in folder.glob(".*.*"):  # half-written by a process that was killed
+        for leftover in (*folder.glob(".*.*"), *folder.glob(".tmp*")):  # half-written by a process that was killed
             leftover.unlink()
         yield
     finally:
@@ -252,7 +273,7 @@ def agreeing(folder: Path, config: RunConfig, about: dict[str, Any]) -> bool:
     try:
         found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         there, made = dict(found["config"]), dict(found["made_with"])
-    except (OSError, KeyError, TypeError, ValueError) as e:
+    except (OSError, KeyError, TypeError, ValueError, RecursionError) as e:
         raise BadInput(
             f"'{folder / 'config.json'}' cannot be read ({type(e).__name__}: {e}). Move the folder away, or"
             " choose another output_dir."
@@ -382,6 +403,8 @@ def run_together(
     checkpoint_every: float = 120.0,  # seconds
 ) -> list[Record]:
     "Train and evaluate the trials of a method as one (see `23_stacking`), and leave a record of each, as `run` does."
+    for c in configs:
+        c.check_listed()
     folders = [Path(output_dir) / c.name for c in configs]
     with ExitStack() as stack:
         for folder in folders:
@@ -418,8 +441,10 @@ def load_network(
     folder: str | Path,  # of a complete record
 ) -> LifelongNetwork:  # in evaluation mode, on the CPU
     "The network that a run has trained."
-    record, (state, about) = load_record(folder), load_tensors(Path(folder) / "network.safetensors")
+    record = load_record(folder)
     config = record.config
+    config.check_listed()
+    state, about = load_tensors(Path(folder) / "network.safetensors")
     if about.get("made_by") not in (None, made_by(config, record.made_with)):  # None: of an earlier version
         raise BadInput(f"The weights in '{folder}' were not made by the run that its config.json describes.")
     network = build_network(

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Callable, Iterator, Sequence
+from typing import Any, Callable, Iterable, Iterator, Sequence
 
 import joblib
 import torch
@@ -26,7 +26,7 @@ from fastprogress import progress_bar
 from safetensors import SafetensorError, safe_open
 from torch.utils.flop_counter import FlopCounterMode
 
-from .core import BadInput, check_choice, check_number, pick_device, write_text
+from .core import BadInput, brief, check_choice, check_number, check_path, pick_device, write_text
 from .images import Images
 from .learner import Callback
 from .multitask import COUNTS, MultiTask, multitask_dataset
@@ -38,8 +38,8 @@ from .tasks import DataSet, Task
 
 # %% auto #0
 __all__ = ['Failure', 'carry_out', 'ReportProgress', 'epochs_of', 'epochs_done', 'Watch', 'cluster', 'RunsFailed', 'WorkerDied',
-           'step_flops', 'Study', 'pick_methods', 'scoring_interval', 'lifelong_study', 'multitask_study',
-           'notebook_parameters']
+           'step_flops', 'Study', 'split_names', 'pick_methods', 'scoring_interval', 'lifelong_study',
+           'multitask_study', 'notebook_parameters']
 
 # %% ../nbs/32_studies.ipynb #16317ffb
 @dataclass
@@ -392,7 +392,9 @@ class Study:
                     deaths = 0 if alone else deaths + 1
         failures = [r for r in results.values() if isinstance(r, Failure)]
         if failures:
-            lines = [f"{titles[f.config]}: {f.error}" for f in failures]
+            why = [self.output_dir / f.config.name / "error.txt" for f in failures]
+            more = [f" Traceback: {path}" if path.exists() else "" for path in why]
+            lines = [f"{titles[f.config]}: {f.error}{m}" for f, m in zip(failures, more)]
             raise RunsFailed(
                 f"{len(failures)} of {len(results)} runs failed. The others are complete and kept; the same"
                 " command goes on with these:\n"
@@ -441,15 +443,22 @@ class Study:
                 yield from result
 
 
+def split_names(
+    what: str, value: str | list[str], known: Iterable[str]  # a parameter's name, what was given, what there is
+) -> list[str]:
+    "The names in a list or a string ('STL HPS', 'STL, HPS')."
+    names = value.replace(",", " ").split() if isinstance(value, str) else value
+    if not isinstance(names, (list, tuple)) or not names:
+        raise BadInput(
+            f"Parameter '{what}' must name one or more of {', '.join(known)}, or be 'all', but it is {brief(value)}."
+        )
+    return [str(name) for name in names]
+
+
 def pick_methods(methods: str | list[str], architecture: str, together: bool = False) -> list[str]:
     "Method names out of a list or a string ('STL HPS', 'STL, HPS', 'all'), checked to be buildable."
     fits = lambda m: not (together and METHODS[m].network.in_sequence)
-    if not isinstance(methods, (str, list, tuple)) or not methods:
-        raise BadInput(
-            f"Parameter 'methods' must name one or more of {', '.join(METHODS)}, or be 'all', but it is"
-            f" {methods!r}."
-        )
-    names = methods.replace(",", " ").split() if isinstance(methods, str) else list(methods)
+    names = split_names("methods", methods, METHODS)
     if names == ["all"]:
         return [m for m in METHODS if can_build(m, architecture) and fits(m)]
     names = list(dict.fromkeys(check_choice("method", m, METHODS) for m in names))
@@ -524,12 +533,7 @@ def multitask_study(
     dataset = check_choice("data set", dataset, COUNTS)
     distribution = check_choice("distribution", distribution, COUNTS[dataset])
     known = COUNTS[dataset][distribution]
-    if not isinstance(fractions, (str, list, tuple)) or not fractions:
-        raise BadInput(
-            f"Parameter 'fractions' must name one or more of {', '.join(known)}, or be 'all', but it is"
-            f" {fractions!r}."
-        )
-    names = fractions.replace(",", " ").split() if isinstance(fractions, str) else [str(f) for f in fractions]
+    names = split_names("fractions", fractions, known)
     names = list(known) if names == ["all"] else names
     datasets = [multitask_dataset(dataset, distribution, f, pools) for f in names]
     datasets = list({d.name: d for d in datasets}.values())
@@ -613,7 +617,8 @@ def _study(
     if scheduler is not None:
         with cluster(scheduler):
             pass
-    output = Path(output_dir) / folder
+    check_path("output_dir", output_dir)
+    output = Path(output_dir).expanduser() / folder
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as e:

@@ -513,3 +513,25 @@ def test_sizes_that_only_a_typo_explains(tmp_path, name, value, said):
     with pytest.raises(BadInput) as e:
         lifelong_study(methods="HPS", output_dir=str(tmp_path), **{name: value})
     assert f"'{name}' must be a whole number" in str(e.value) and said in str(e.value)
+
+
+@pytest.mark.parametrize(
+    "study, name, value, said",
+    [
+        ("lifelong", "methods", " ", "Parameter 'methods' must name one or more of STL, "),
+        ("lifelong", "methods", [], "Parameter 'methods' must name one or more of STL, "),
+        ("lifelong", "methods", "STL ../../evil", "Unknown method '../../evil'"),
+        ("lifelong", "dataset", "../shapes", "Unknown data set '../shapes'"),
+        ("lifelong", "output_dir", "a\0b", "Parameter 'output_dir' must be a path"),
+        ("lifelong", "output_dir", "~nosuch/x", "Parameter 'output_dir' must be a path"),
+        ("multitask", "fractions", "-10%", "Unknown fraction of Handwritten digits of scikit-learn '-10%'"),
+        ("multitask", "fractions", ", ", "Parameter 'fractions' must name one or more of 10%, 50%"),
+    ],
+)
+def test_text_that_names_nothing(tmp_path, monkeypatch, study, name, value, said):
+    from dfcnn.studies import lifelong_study, multitask_study
+
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(BadInput) as e:
+        {"lifelong": lifelong_study, "multitask": multitask_study}[study](**{name: value})
+    assert said in str(e.value) and not list(tmp_path.iterdir())

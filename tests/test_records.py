@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from dfcnn.checkpoint import save_tensors
+from dfcnn.core import BadInput
 from dfcnn.datasets import DATASETS
 from dfcnn.registry import build_network
-from dfcnn.runs import load_record
+from dfcnn.runs import alone_in, load_network, load_record, run
 
 ROOT = Path(__file__).resolve().parent.parent
 RECORDS = sorted(f.parent.relative_to(ROOT) for f in (ROOT / "reports").rglob("summary.json"))
@@ -43,3 +46,50 @@ def test_a_network_of_a_multi_task_record_is_loaded(method, tmp_path):
     save_tensors(network.state_dict(), tmp_path / "record/network.safetensors")
     code = "import sys; from dfcnn.runs import load_network; print(len(load_network(sys.argv[1]).tasks))"
     assert fresh(code, tmp_path / "record") == str(config.tasks) == "5"
+
+
+RECORD = next(ROOT / r for r in RECORDS if "reports/full" in r.as_posix())
+
+
+@pytest.mark.parametrize(
+    "field, value, said",
+    [
+        ("dataset", "nowhere", "The data set 'nowhere' is not listed"),
+        ("method", "../../evil", "The method '../../evil' is not listed"),
+        ("method", ["STL"], r"'method' of a run must be of type str, but it is \['STL'\]"),
+        ("epochs", "20", "'epochs' of a run must be of type int, but it is '20'"),
+    ],
+)
+def test_a_network_of_a_record_that_names_what_is_not_there(field, value, said, tmp_path):
+    content = json.loads((RECORD / "config.json").read_text())
+    content["config"][field] = value
+    (tmp_path / "record").mkdir()
+    (tmp_path / "record/config.json").write_text(json.dumps(content))
+    shutil.copy(RECORD / "history.csv", tmp_path / "record")
+    with pytest.raises(BadInput, match=said):
+        load_network(tmp_path / "record")
+    assert [f.name for f in tmp_path.iterdir()] == ["record"]
+
+
+def test_no_run_writes_outside_of_its_folder(tmp_path):
+    config = replace(load_record(RECORD).config, method="../../evil")
+    with pytest.raises(BadInput, match="'../../evil' is not listed"):
+        run(config, DATASETS["shapes"].images(None), tmp_path / "a/b")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("file", ["config.json", "summary.json", "history.csv"])
+@pytest.mark.parametrize("content", [b"", b"[" * 100_000, b"\xff\xfe", b"{}x"], ids=["empty", "nested", "bytes", "no JSON"])
+def test_a_damaged_record_is_refused_with_advice(file, content, tmp_path):
+    for name in ("config.json", "summary.json", "history.csv"):
+        shutil.copy(RECORD / name, tmp_path)
+    (tmp_path / file).write_bytes(content)
+    with pytest.raises(BadInput, match="does not hold the record of a run .* Move the folder away"):
+        load_record(tmp_path)
+
+
+def test_what_a_killed_write_has_left_is_removed(tmp_path):
+    for name in (".tmpAb3dEf", ".history.csv.x1y2z3"):
+        (tmp_path / name).write_text("half")
+    with alone_in(tmp_path):
+        assert {f.name for f in tmp_path.iterdir()} <= {".lock"}
