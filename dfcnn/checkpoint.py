@@ -5,6 +5,7 @@
 # %% ../nbs/22_checkpoint.ipynb #273f25c1
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -39,7 +40,8 @@ def save_tensors(tensors: dict[str, torch.Tensor], path: str | Path, **about: st
         with writing(path) as part:
             save_file(apart, part, {**about, "sha256": checksum(apart, about)})
     except (SafetensorError, OSError) as e:
-        hint = "" if isinstance(e, PermissionError) else " Is the disk full?"
+        barred = getattr(e, "errno", None) in (errno.EACCES, errno.EPERM, errno.EROFS)
+        hint = " May you write there?" if barred else " Is the disk full?"
         raise OSError(f"'{path}' could not be written ({e}).{hint} What was there before is as it was.") from e
 
 

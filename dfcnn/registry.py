@@ -135,10 +135,13 @@ def register(
     note: str = "",  # what a reader must know where it learns tasks one after the other
 ) -> Method:
     "List a network of your own as a method, in this process; the workers of a study are told."
-    if not isinstance(name, str) or not re.fullmatch(r"\w[\w.()+-]{0,63}", name) or simplify(name) == "all":
+    if not isinstance(name, str) or not re.fullmatch(r"[^\W_][\w.()-]{0,63}", name) or simplify(name) == "all":
         raise BadInput(
-            f"A method's name is also the name of a folder, and is typed in lists: up to 64 letters, digits and"
-            f" . _ - + ( ), beginning with a letter or a digit, and not 'all', but it is {brief(name)}."
+            "A method's name is also the name of a folder, and is typed in lists: up to 64 letters, digits and"
+            f" . _ - ( ), beginning with a letter or a digit, and not 'all', but it is {brief(name)}."
         )
+    twin = next((m for m in METHODS if m != name and simplify(m) == simplify(name)), None)
+    if twin:
+        raise BadInput(f"'{name}' would be taken for '{twin}', which is listed. Choose another name.")
     METHODS[name] = Method(name, title or name, network, size, note, checksum_of(network))
     return METHODS[name]

@@ -444,7 +444,9 @@ class Study:
 
 
 def split_names(
-    what: str, value: str | list[str], known: Iterable[str]  # a parameter's name, what was given, what there is
+    what: str,  # the parameter's name
+    value: str | list[str],  # what the user gave
+    known: Iterable[str],  # what there is, for the refusal
 ) -> list[str]:
     "The names in a list or a string ('STL HPS', 'STL, HPS')."
     names = value.replace(",", " ").split() if isinstance(value, str) else value
