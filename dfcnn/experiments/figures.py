@@ -20,6 +20,7 @@ from ..data.binary import MultiTask
 from ..data.datasets import DATASETS
 from ..methods.base import count_parameters
 from ..methods.registry import METHODS, build_shapes, can_build, title_of
+from .configuration import TRAINING
 from dfcnn.experiments.metrics import (
     accuracy_by_epoch,
     accuracy_matrix,
@@ -31,7 +32,7 @@ from dfcnn.experiments.metrics import (
     seconds,
     task_means,
 )
-from .runs import TRAINING, Record
+from .records import Record
 
 # %% auto #0
 __all__ = ['SETTINGS', 'GREYS', 'LIFELONG_REPORT', 'ABLATION_REPORT', 'MULTITASK_REPORT', 'targets', 'target', 'parameter_table',

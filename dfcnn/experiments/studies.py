@@ -34,7 +34,9 @@ from ..data.tasks import DataSet, Task
 from ..methods.base import LifelongNetwork, count_parameters
 from ..methods.registry import METHODS, Method, build_network, build_shapes, can_build
 from ..training.learner import Callback
-from .runs import PACKAGE, SAME, TRAINING, Record, RunConfig, made_with, run_together
+from .configuration import TRAINING, RunConfig
+from .records import PACKAGE, Record, changes, made_with
+from .runs import run_together
 
 # %% auto #0
 __all__ = ['Failure', 'carry_out', 'ReportProgress', 'epochs_of', 'epochs_done', 'Watch', 'cluster', 'RunsFailed', 'WorkerDied',
@@ -132,7 +134,7 @@ def epochs_done(
     done, unreadable = 0, (SafetensorError, OSError, KeyError, TypeError, ValueError)
     try:
         made = json.loads((folder / "config.json").read_text(encoding="utf-8"))["made_with"]
-        if any(made.get(k) != about[k] for k in SAME):
+        if changes(made, about):
             return 0
     except unreadable:
         return 0
@@ -334,9 +336,8 @@ class Study:
 
     def epochs_left(self) -> dict[RunConfig, int]:
         "Epochs of each run that are still to be trained."
-        today = {m: made_with(self.images, self.device, METHODS[m]) for m in {c.method for c in self.configs}}
-        about = {m: made | dict(threads=self.threads) for m, made in today.items()}
-        done = lambda c: epochs_done(c, self.output_dir / c.name, about[c.method])
+        today = lambda c: made_with(c, self.images, self.device) | dict(threads=self.threads)
+        done = lambda c: epochs_done(c, self.output_dir / c.name, today(c))
         return {c: epochs_of(c) - done(c) for c in self.configs}
 
     def check_space(self, left: Sequence[RunConfig]) -> None:

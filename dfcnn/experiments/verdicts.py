@@ -21,6 +21,7 @@ from ..data.binary import COUNTS, MultiTask
 from ..data.datasets import DATASETS
 from ..methods.base import count_parameters
 from ..methods.registry import METHODS, build_shapes, title_of
+from .configuration import TRAINING, RunConfig
 from dfcnn.experiments.figures import (
     SETTINGS,
     comparable,
@@ -47,7 +48,7 @@ from dfcnn.experiments.metrics import (
     seconds,
     summarize_together,
 )
-from .runs import TRAINING, Record, RunConfig, load_records
+from .records import Record, load_records
 
 # %% auto #0
 __all__ = ['WIDE', 'NONE', 'NOT_RUN', 'PEAK', 'PEAK_OF_SEEN', 'SLOPE', 'MOST_CHANGED', 'EARLY_LOSS', 'LATE_CHANGE', 'FIRST_KEPT',
