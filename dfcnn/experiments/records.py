@@ -160,6 +160,7 @@ def _package_checksum() -> str:
 PACKAGE = _package_checksum()  # of the code that was imported, whatever becomes of the files
 
 
+@cache
 def git_revision() -> str | None:
     "The commit that this package was imported from, with a + where files differ from it; None outside of git."
 
