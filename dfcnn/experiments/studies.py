@@ -312,6 +312,11 @@ def scoring_interval(epochs: int, times: int, at_least: int = 1) -> int:
     return max(at_least, -(-epochs // times))
 
 
+
+def _is_multitask(dataset: str) -> bool:
+    return isinstance(DATASETS[dataset], MultiTask)
+
+
 @delegates(Engine)
 def lifelong_study(
     dataset: str = "shapes",  # a key of `datasets.DATASETS`
@@ -324,7 +329,7 @@ def lifelong_study(
     output_dir: str = "reports/lifelong",  # records go to <output_dir>/<dataset>
     score_every: int | None = None,  # epochs between two scores of the task in hand; None: 200 times per task at most
     eval_every: int | None = None,  # of earlier tasks; None: 20 times, and every tenth epoch at most
-    **engine: Any,  # of `Engine`
+    **kwargs: Any,  # of `Engine`
 ) -> Study:
     "Check everything, load the images, and list the runs: every method on the same trials."
     dataset = DATASETS[check_choice("data set", dataset, [d for d in DATASETS if not _is_multitask(d)])]
@@ -342,7 +347,7 @@ def lifelong_study(
         score_every=check_number("score_every", score_every, 1, 1_000_000),
         eval_every=check_number("eval_every", eval_every, 1, 1_000_000),
     )
-    return lay_out(config, [dataset], dataset.name, methods, trials, data_dir, output_dir, Engine(**engine))
+    return lay_out(config, [dataset], dataset.name, methods, trials, data_dir, output_dir, Engine(**kwargs))
 
 # %% ../../nbs/35_studies.ipynb #17987b97
 @delegates(Engine, but=["stack"])
@@ -359,7 +364,7 @@ def multitask_study(
     eval_every: int = 10,  # epochs between two scores of all tasks
     draw: str = "uniform",  # of each epoch's task (authors' code), or "round-robin" (App. B.1)
     pools: str = "shared",  # by all one-vs-all tasks (authors' code), or "independent": each draws for itself
-    **engine: Any,  # of `Engine`
+    **kwargs: Any,  # of `Engine`
 ) -> Study:
     "As `lifelong_study`, for tasks that are learned together (App. C)."
     dataset = check_choice("data set", dataset, COUNTS)
@@ -379,11 +384,8 @@ def multitask_study(
         schedule=draw,
     )
     folder = f"{dataset}-{distribution}"
-    return lay_out(config, datasets, folder, methods, trials, data_dir, output_dir, Engine(**engine))
+    return lay_out(config, datasets, folder, methods, trials, data_dir, output_dir, Engine(**kwargs))
 
-
-def _is_multitask(dataset: str) -> bool:
-    return isinstance(DATASETS[dataset], MultiTask)
 
 # %% ../../nbs/35_studies.ipynb #faa2eddc
 def notebook_parameters(
