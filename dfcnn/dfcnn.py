@@ -12,7 +12,7 @@ from torch import nn
 
 from .core import BadInput, stream
 from .factorization import Direct, TwoContractions, TwoStage, kernel_of, new_knowledge_base
-from .networks import Architecture, Head, LifelongNetwork, Parts
+from .networks import Architecture, LifelongNetwork, Parts
 
 # %% auto #0
 __all__ = ['SIZES', 'Sizes', 'scaled', 'DFCNN', 'DFCNNDirect', 'DFCNNtc2']
@@ -103,7 +103,7 @@ class DFCNN(LifelongNetwork):
             generators=nn.ModuleList(
                 self.generator(kb, c, cin, cout, generator) for kb, c, (cin, cout, _) in layers
             ),
-            head=Head(self.arch, generator),
+            head=self.new_head(generator),
         )
 
     def filters(self, task: int) -> list[tuple[torch.Tensor, torch.Tensor]]:

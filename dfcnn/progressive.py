@@ -11,7 +11,6 @@ from torch import nn
 
 from dfcnn.networks import (
     Convolutions,
-    Head,
     LifelongNetwork,
     Parts,
     bias,
@@ -60,7 +59,7 @@ class ProgNN(LifelongNetwork):
         return Parts(
             conv=Convolutions(self.arch, generator),
             adapters=nn.ModuleList(adapters),
-            head=Head(self.arch, generator),
+            head=self.new_head(generator),
         )
 
     def filters(self, task: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
