@@ -78,13 +78,13 @@ class DFCNN(LifelongNetwork):
         sizes: Sizes | None = None,  # None: those of `SIZES`, by the architecture's name
     ):
         super().__init__(arch, seed, length)
-        known = SIZES[self.generator]
-        if sizes is None and arch.name not in known:
+        known, like = SIZES[self.generator], arch.like or arch.name
+        if sizes is None and like not in known:
             raise BadInput(
-                f"There are no sizes of {type(self).__name__} for the architecture '{arch.name}', only"
+                f"There are no sizes of {type(self).__name__} for the architecture '{like}', only"
                 f" for {', '.join(known)}. Pass `sizes`."
             )
-        self.sizes = sizes or known[arch.name]
+        self.sizes = sizes or known[like]
         kernels = tuple(kernel_of(kb[0]) for kb in self.sizes.kb)
         if kernels != arch.kernels or len(self.sizes.c) != len(kernels):
             raise BadInput(

@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .core import BadInput, check_number, stream
+from .core import BadInput, check_choice, check_number, stream
 
 # %% auto #0
-__all__ = ['ARCHITECTURES', 'Architecture', 'max_pool_same', 'conv_block', 'weight', 'bias', 'Convolutions', 'Dropout', 'Head',
-           'Parts', 'LifelongNetwork', 'count_parameters']
+__all__ = ['ARCHITECTURES', 'PAPER_SIZES', 'Architecture', 'pools_for', 'architecture_for', 'max_pool_same', 'conv_block',
+           'weight', 'bias', 'Convolutions', 'Dropout', 'Head', 'Parts', 'LifelongNetwork', 'count_parameters']
 
 # %% ../nbs/10_networks.ipynb #856722b1
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +31,7 @@ class Architecture:
     hidden: tuple[int, ...]  # hidden fully connected layers
     outputs: int  # classes of a task
     dropout: float = 0.5  # share of the flattened features that is left out in training
+    like: str = ""  # architecture with whose sizes a method's own go; "": those under `name`
 
     def __post_init__(self):
         layers, kinds = (self.kernels, self.channels, self.pools), ("kernels", "channels", "pools")
@@ -101,6 +102,37 @@ ARCHITECTURES = {
         replace(_home, name="officehome-large", channels=(128, 256, 512, 512), hidden=(1024, 128)),
     )
 }
+
+# %% ../nbs/10_networks.ipynb #79633a0d
+PAPER_SIZES = {28: "mnist-5", 32: "cifar100", 128: "officehome"}  # side of an image -> its architecture
+
+
+def pools_for(
+    side: int,  # of the image
+    pools: tuple[int, ...] = (0, 2, 0, 2),  # the fewest
+    most: int = 8,  # side of the last layer's output
+) -> tuple[int, ...]:
+    "Pools after which an image is no larger than `most`: larger ones after the first, third, second, fourth layer, in turn."
+    pools, turns = list(pools), 0
+    while reduce(lambda s, p: -(-s // p) if p else s, pools, side) > most:
+        at = (0, 2, 1, 3)[turns % 4]
+        pools[at], turns = max(2, pools[at] + 1), turns + 1
+    return tuple(pools)
+
+
+def architecture_for(
+    channels: int,  # 1 for grey images, 3 for color
+    size: int,  # height and width in pixels
+    outputs: int,  # classes of the largest task
+    variant: str = "",  # "large" or "reduced", where the paper has one
+) -> Architecture:
+    "The paper's architecture for images of 28, 32 and 128 pixels, and for others that of CIFAR-100 with more pooling."
+    check_number("size", size, 8, 512)
+    like = PAPER_SIZES.get(size, "cifar100") + (f"-{variant}" if variant else "")
+    paper = ARCHITECTURES[check_choice(f"architecture for images of {size} pixels", like, ARCHITECTURES)]
+    pools = paper.pools if size in PAPER_SIZES else pools_for(size)
+    name = f"own-{channels}x{size}-{outputs}" + (f"-{variant}" if variant else "")
+    return replace(paper, name=name, like=like, input=(channels, size, size), pools=pools, outputs=outputs)
 
 # %% ../nbs/10_networks.ipynb #34db882c
 def max_pool_same(
