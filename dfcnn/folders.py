@@ -253,7 +253,7 @@ def divide(
         )
     return {part: there[part].sort().values for part in SHARES}
 
-# %% ../nbs/06_folders.ipynb #fa26e383
+# %% ../nbs/06_folders.ipynb #d9f58698
 @dataclass(frozen=True)
 class Preparation:
     "How an image becomes what a network sees: brought to one size, read as grey or color, scaled."
@@ -266,8 +266,17 @@ class Preparation:
 
     def scale(self, x: torch.Tensor) -> torch.Tensor:  # uint8 (n, channels, size, size) -> float
         "Pixels as a network sees them."
-        to = lambda values: torch.tensor(values, dtype=torch.get_default_dtype()).view(-1, 1, 1)
-        return (x / 255 - to(self.mean)) / to(self.std)
+        mean, std = self.mean_std()
+        return x.to(mean.dtype).div_(255).sub_(mean).div_(std)
+
+    def pixels(self, x: torch.Tensor) -> torch.Tensor:  # what `scale` gave -> uint8
+        "The pixels that were scaled."
+        mean, std = self.mean_std()
+        return (x * std + mean).mul_(255).round_().clamp_(0, 255).to(torch.uint8)
+
+    def mean_std(self) -> tuple[torch.Tensor, torch.Tensor]:  # (channels, 1, 1) each
+        "Mean and deviation of each channel."
+        return tuple(torch.tensor(v, dtype=torch.get_default_dtype()).view(-1, 1, 1) for v in (self.mean, self.std))
 
     def __call__(self, image: Any) -> torch.Tensor:  # (channels, size, size)
         "One image: a path, a PIL image, an array (height, width[, channels]) or a tensor ([channels, ]height, width)."
@@ -307,7 +316,7 @@ def check_file_exists(path: str | os.PathLike) -> Path:
         raise BadInput(f"There is no image '{path}' (looked in '{found.parent}').")
     return found
 
-# %% ../nbs/06_folders.ipynb #a585db39
+# %% ../nbs/06_folders.ipynb #1748b0b1
 def groups_of(classes: Iterable[str]) -> list[tuple[str, list[str]]]:
     "Tasks, each with its classes, out of names 'task/class'."
     groups: dict[str, list[str]] = {}
@@ -338,12 +347,13 @@ class OwnData(DataSet):
     def preparation(self, images: Images, seed: int = 0, trial: int = 0) -> Preparation:
         "How images become inputs: by the training images of all tasks of a trial."
         index = torch.cat([self.pick(images, *group, seed, trial)[0][0] for group in self.groups()])
-        n, sums, squares = 0, 0.0, 0.0
+        counts = torch.zeros(images.x.shape[1], 256, dtype=torch.float64)  # how often each value is there
         for part in index.split(256):
-            x = images.x[part].double() / 255
-            n, sums, squares = n + x[:, 0].numel(), sums + x.sum((0, 2, 3)), squares + x.square().sum((0, 2, 3))
-        mean = sums / n
-        std = (squares / n - mean.square()).clamp(min=255.0**-2).sqrt()
+            for channel, x in zip(counts, images.x[part].transpose(0, 1)):
+                channel += torch.bincount(x.flatten(), minlength=256)
+        shares, values = counts / counts.sum(1, keepdim=True), torch.arange(256, dtype=torch.float64) / 255
+        mean = shares @ values
+        std = (shares @ values.square() - mean.square()).clamp(min=255.0**-2).sqrt()
         return Preparation(images.x.shape[-1], images.x.shape[1], self.fit, tuple(mean.tolist()), tuple(std.tolist()))
 
     def draw(self, images: Images, name: str, classes: list[str], seed: int, trial: int, prepare: Preparation | None = None) -> Task:

@@ -459,7 +459,7 @@ def task_learner(
             " one."
         )
     for i, t in enumerate(tasks):
-        if len(t.train.y) < batch_size:
+        if i in schedule and len(t.train.y) < batch_size:
             raise BadInput(
                 f"{t.name} has {len(t.train.y)} training images, fewer than one batch of {batch_size}."
             )
