@@ -28,13 +28,13 @@ from .networks import architecture_for
 from .tasks import DataSet, Split, Task, show_tasks
 
 # %% auto #0
-__all__ = ['PHOTO_SUFFIXES', 'PARTS', 'WHOLE', 'EXPECTED', 'FITS', 'SHARES', 'FEW', 'UNEVEN', 'Photo', 'subfolders',
-           'image_files', 'photos_of_class', 'photos_of_task', 'photos_in', 'eight_bits', 'to_square', 'read_photo',
-           'as_images', 'read_all', 'read_photos', 'read_folder', 'check_shares', 'divide', 'Preparation', 'as_pixels',
+__all__ = ['PHOTO_SUFFIXES', 'PARTS', 'WHOLE', 'EXPECTED', 'FITS', 'SHARES', 'FEW', 'UNEVEN', 'Photo', 'listing',
+           'photos_of_class', 'photos_of_task', 'photos_in', 'eight_bits', 'to_square', 'read_photo', 'as_images',
+           'read_all', 'read_photos', 'read_folder', 'check_shares', 'divide', 'Preparation', 'as_pixels',
            'check_file_exists', 'groups_of', 'OwnData', 'own_data', 'OwnTasks', 'tasks_from_images',
            'tasks_from_folder', 'task_from_folder', 'items_of', 'parts_of', 'tasks_from_datasets']
 
-# %% ../nbs/06_folders.ipynb #b94e81f0
+# %% ../nbs/06_folders.ipynb #28561a5b
 PHOTO_SUFFIXES = IMAGE_SUFFIXES | {".gif", ".tif", ".tiff"}
 PARTS = {"train": "train", "valid": "valid", "val": "valid", "validation": "valid", "test": "test"}  # folder -> part
 WHOLE = "all"  # the part of images that are still to be divided
@@ -50,19 +50,18 @@ class Photo(NamedTuple):
     path: Path
 
 
-def subfolders(folder: Path) -> list[Path]:
-    "The folders in a folder, sorted; those that begin with a dot are nobody's."
-    return sorted(f for f in folder.iterdir() if f.is_dir() and not f.name.startswith("."))
+def listing(folder: Path) -> tuple[list[Path], list[Path]]:
+    "The folders in a folder, and the files that are images by their names; what begins with a dot is nobody's."
+    with os.scandir(folder) as entries:
+        there = sorted((e for e in entries if not e.name.startswith(".")), key=lambda e: e.name)
+    folders = [Path(e.path) for e in there if e.is_dir()]
+    files = [e for e in there if os.path.splitext(e.name)[1].lower() in PHOTO_SUFFIXES and not e.is_dir()]
+    return folders, [Path(e.path) for e in files]
 
-
-def image_files(folder: Path) -> list[Path]:
-    "The files of a folder that are images by their names, sorted."
-    return sorted(f for f in folder.iterdir() if f.suffix.lower() in PHOTO_SUFFIXES and not f.name.startswith("."))
-
-# %% ../nbs/06_folders.ipynb #5f7d4190
+# %% ../nbs/06_folders.ipynb #68dedd5c
 def photos_of_class(task: str, part: str, folder: Path) -> list[Photo]:
     "The images of one class of one task."
-    files, deeper = image_files(folder), subfolders(folder)
+    deeper, files = listing(folder)
     if not files or deeper:
         what = f"holds the folder '{deeper[0].name}' where images belong" if deeper else "holds no image"
         raise BadInput(f"'{folder}' {what}. {EXPECTED} Images end in {', '.join(sorted(PHOTO_SUFFIXES))}.")
@@ -74,15 +73,15 @@ def photos_of_task(folder: str | Path) -> list[Photo]:
     folder = check_path("folder", folder)
     if not folder.is_dir():
         raise BadInput(f"'{folder}' is no folder. {EXPECTED}")
-    classes = subfolders(folder)
-    if files := image_files(folder):
+    classes, files = listing(folder)
+    if files:
         raise BadInput(f"'{folder}' holds images itself, such as '{files[0].name}', and should hold a folder for each class. {EXPECTED}")
     parts = [PARTS.get(simplify(f.name)) for f in classes]
     if any(parts) and not all(parts):
         raise BadInput(f"'{folder}' holds folders of parts and of classes: {', '.join(f.name for f in classes)}. {EXPECTED}")
     if not any(parts):
         parts, classes = [WHOLE], [folder]
-    photos = [p for part, of in zip(parts, classes) for cls in subfolders(of) for p in photos_of_class(folder.name, part, cls)]
+    photos = [p for part, of in zip(parts, classes) for cls in listing(of)[0] for p in photos_of_class(folder.name, part, cls)]
     labels = sorted({p.label for p in photos})
     if len(labels) < 2:
         raise BadInput(f"Task '{folder.name}' has {len(labels)} classes ({', '.join(labels)}), and to tell them apart there must be two. {EXPECTED}")
@@ -94,9 +93,9 @@ def photos_in(root: str | Path) -> list[Photo]:
     root = check_path("root", root)
     if not root.is_dir():
         raise BadInput(f"There is no folder '{root}'. {EXPECTED}")
-    if files := image_files(root):
+    folders, files = listing(root)
+    if files:
         raise BadInput(f"'{root}' holds images itself, such as '{files[0].name}', and should hold a folder for each task. {EXPECTED}")
-    folders = subfolders(root)
     if not folders:
         raise BadInput(f"'{root}' holds no folders, and should hold one for each task. {EXPECTED}")
     photos = [p for f in folders for p in photos_of_task(f)]
