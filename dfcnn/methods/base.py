@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..core import BadInput, stream
+from ..core import BadInput, check_choice, check_number, stream
 
 # %% auto #0
-__all__ = ['ARCHITECTURES', 'Architecture', 'max_pool_same', 'conv_block', 'weight', 'bias', 'Convolutions', 'Dropout', 'Head',
-           'Parts', 'LifelongNetwork', 'count_parameters']
+__all__ = ['ARCHITECTURES', 'PAPER_SIZES', 'Architecture', 'pools_for', 'architecture_for', 'max_pool_same', 'conv_block',
+           'weight', 'bias', 'Convolutions', 'Dropout', 'Head', 'Parts', 'LifelongNetwork', 'count_parameters']
 
 # %% ../../nbs/11_base.ipynb #856722b1
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +31,7 @@ class Architecture:
     hidden: tuple[int, ...]  # hidden fully connected layers
     outputs: int  # classes of a task
     dropout: float = 0.5  # share of the flattened features that is left out in training
+    like: str = ""  # architecture with whose sizes a method's own go; "": those under `name`
 
     def __post_init__(self):
         layers, kinds = (self.kernels, self.channels, self.pools), ("kernels", "channels", "pools")
@@ -101,6 +102,37 @@ ARCHITECTURES = {
         replace(_home, name="officehome-large", channels=(128, 256, 512, 512), hidden=(1024, 128)),
     )
 }
+
+# %% ../../nbs/11_base.ipynb #79633a0d
+PAPER_SIZES = {28: "mnist-5", 32: "cifar100", 128: "officehome"}  # side of an image -> its architecture
+
+
+def pools_for(
+    side: int,  # of the image
+    pools: tuple[int, ...] = (0, 2, 0, 2),  # the fewest
+    most: int = 8,  # side of the last layer's output
+) -> tuple[int, ...]:
+    "Pools after which an image is no larger than `most`: larger ones after the first, third, second, fourth layer, in turn."
+    pools, turns = list(pools), 0
+    while reduce(lambda s, p: -(-s // p) if p else s, pools, side) > most:
+        at = (0, 2, 1, 3)[turns % 4]
+        pools[at], turns = max(2, pools[at] + 1), turns + 1
+    return tuple(pools)
+
+
+def architecture_for(
+    channels: int,  # 1 for grey images, 3 for color
+    size: int,  # height and width in pixels
+    outputs: int,  # classes of the largest task
+    variant: str = "",  # "large" or "reduced", where the paper has one
+) -> Architecture:
+    "The paper's architecture for images of 28, 32 and 128 pixels, and for others that of CIFAR-100 with more pooling."
+    check_number("size", size, 8, 512)
+    like = PAPER_SIZES.get(size, "cifar100") + (f"-{variant}" if variant else "")
+    paper = ARCHITECTURES[check_choice(f"architecture for images of {size} pixels", like, ARCHITECTURES)]
+    pools = paper.pools if size in PAPER_SIZES else pools_for(size)
+    name = f"own-{channels}x{size}-{outputs}" + (f"-{variant}" if variant else "")
+    return replace(paper, name=name, like=like, input=(channels, size, size), pools=pools, outputs=outputs)
 
 # %% ../../nbs/11_base.ipynb #34db882c
 def max_pool_same(
@@ -212,11 +244,16 @@ class LifelongNetwork(nn.Module):
         super().__init__()
         self.arch, self.seed = arch, seed
         self.tasks = nn.ModuleList()
+        self.outputs: list[int] = []  # classes of each task
         self.register_buffer("n_tasks", torch.tensor(0))  # tells `load_state_dict` how many to add
 
     def new_task(self, generator: torch.Generator) -> nn.Module:
-        "What the next task owns; its part `head` is a `Head`."
+        "What the next task owns; its part `head` is what `new_head(generator)` makes."
         raise TypeError(f"{type(self).__name__} must define new_task(generator)")
+
+    def new_head(self, generator: torch.Generator) -> Head:
+        "The layers after the last convolution of the next task's CNN."
+        return Head(self.arch_of(len(self.tasks)), generator)
 
     def filters(self, task: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
         "(W, b) of every conv layer of this task's CNN: W (c_out, c_in, k, k), b (c_out,)."
@@ -226,11 +263,42 @@ class LifelongNetwork(nn.Module):
         "The layers after the last convolution of this task's CNN."
         return self.tasks[task].head
 
-    def add_task(self) -> None:
+    def arch_of(self, task: int) -> Architecture:
+        "The architecture of this task's CNN, with the task's number of classes."
+        return replace(self.arch, outputs=self.outputs[task])
+
+    def check_classes(self, task: int, classes: int) -> None:
+        "Refuse a number of classes that `task`, which may be still to come, cannot have."
+        if task < len(self.tasks) and classes != self.outputs[task]:
+            raise BadInput(
+                f"Task {task + 1} of this {type(self).__name__} has {self.outputs[task]} classes, not {classes}."
+            )
+
+    def add_task(self, outputs: int | None = None) -> None:  # its number of classes; None: the architecture's
         "Make ready for one more task, on the device where the rest is."
-        generator = stream(self.seed, "init", "task", len(self.tasks))
-        self.tasks.append(self.new_task(generator).to(self.n_tasks.device).train(self.training))
+        task, n = len(self.tasks), self.arch.outputs if outputs is None else check_number("outputs", outputs, 1)
+        self.check_classes(task, n)
+        self.outputs[task:] = [n]
+        own = self.new_task(stream(self.seed, "init", "task", task))
+        head = getattr(own, "head", None)
+        if isinstance(head, Head) and len(head.b[-1]) != n:
+            raise BadInput(
+                f"{type(self).__name__} gave a task of {n} classes a head of {len(head.b[-1])} outputs. Let its"
+                " `new_task` make the head with `self.new_head(generator)`."
+            )
+        self.append_task(own)
+
+    def append_task(self, own: nn.Module) -> None:
+        "Take in what a task owns, and note its number of classes where that is not the architecture's."
+        n = self.outputs[len(self.tasks)]
+        if n != self.arch.outputs:
+            own.register_buffer("classes", torch.tensor(n))
+        self.tasks.append(own.to(self.n_tasks.device).train(self.training))
         self.n_tasks += 1
+
+    def outputs_in(self, state: dict, task: int) -> int:
+        "Number of classes of a task in a state dict."
+        return int(state.get(f"tasks.{task}.classes", self.arch.outputs))
 
     def forward(
         self, x: torch.Tensor, task: int
@@ -262,7 +330,7 @@ class LifelongNetwork(nn.Module):
     def load_state_dict(self, state: dict, *args, **kwargs):
         "Restore a state dict, adding the tasks that it holds first."
         while len(self.tasks) < int(state["n_tasks"]):
-            self.add_task()
+            self.add_task(self.outputs_in(state, len(self.tasks)))
         return super().load_state_dict(state, *args, **kwargs)
 
 # %% ../../nbs/11_base.ipynb #7ba100a6

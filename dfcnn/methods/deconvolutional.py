@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ..core import BadInput, stream
-from .base import Architecture, Head, LifelongNetwork, Parts
+from .base import Architecture, LifelongNetwork, Parts
 from .factorization import Direct, TwoContractions, TwoStage, kernel_of, new_knowledge_base
 
 # %% auto #0
@@ -78,13 +78,13 @@ class DFCNN(LifelongNetwork):
         sizes: Sizes | None = None,  # None: those of `SIZES`, by the architecture's name
     ):
         super().__init__(arch, seed, length)
-        known = SIZES[self.generator]
-        if sizes is None and arch.name not in known:
+        known, like = SIZES[self.generator], arch.like or arch.name
+        if sizes is None and like not in known:
             raise BadInput(
-                f"There are no sizes of {type(self).__name__} for the architecture '{arch.name}', only"
+                f"There are no sizes of {type(self).__name__} for the architecture '{like}', only"
                 f" for {', '.join(known)}. Pass `sizes`."
             )
-        self.sizes = sizes or known[arch.name]
+        self.sizes = sizes or known[like]
         kernels = tuple(kernel_of(kb[0]) for kb in self.sizes.kb)
         if kernels != arch.kernels or len(self.sizes.c) != len(kernels):
             raise BadInput(
@@ -103,7 +103,7 @@ class DFCNN(LifelongNetwork):
             generators=nn.ModuleList(
                 self.generator(kb, c, cin, cout, generator) for kb, c, (cin, cout, _) in layers
             ),
-            head=Head(self.arch, generator),
+            head=self.new_head(generator),
         )
 
     def filters(self, task: int) -> list[tuple[torch.Tensor, torch.Tensor]]:

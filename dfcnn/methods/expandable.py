@@ -93,15 +93,17 @@ class DEN(LifelongNetwork):
             for l in range(len(self.arch.channels))
         ]
 
-    def new_head(self, stamp: int, generator: torch.Generator) -> Head:
-        channels = (*self.arch.channels[:-1], self.units(len(self.arch.channels) - 1, stamp))
-        return Head(replace(self.arch, channels=channels), generator)
+    def new_head(self, generator: torch.Generator, stamp: int | None = None) -> Head:
+        "A head that reads the units of the first `stamp` generations; None: all."
+        arch = self.arch_of(len(self.tasks))
+        channels = (*arch.channels[:-1], self.units(len(arch.channels) - 1, stamp))
+        return Head(replace(arch, channels=channels), generator)
 
     def new_task(self, generator: torch.Generator) -> nn.Module:
         self.masks, self.old = {}, {}
         self.stage = "select" if len(self.tasks) else "first"
         self.stamps = torch.cat([self.stamps, self.stamps.new_tensor([len(self.grown)])])
-        return Parts(head=self.new_head(len(self.grown), generator))
+        return Parts(head=self.new_head(generator))
 
     def blocks(self, layer: int) -> Iterator[tuple[nn.Parameter, tuple[slice, slice]]]:
         "Every parameter that holds filters of a layer, with its rows and columns in `weights(layer)`."
@@ -300,9 +302,9 @@ class DEN(LifelongNetwork):
         for g in range(1 + max(int(k.split(".")[1]) for k in state if k.startswith("grown."))):
             self.grow([len(state[f"grown.{g}.{l}.b"]) for l in range(len(self.arch.channels))], none)
         self.stamps = state["stamps"].to(self.n_tasks.device, copy=True)
+        self.outputs = [self.outputs_in(state, task) for task in range(len(self.stamps))]
         for stamp in self.stamps.tolist():
-            head = self.new_head(stamp, none).to(self.n_tasks.device)
-            self.tasks.append(Parts(head=head).train(self.training))
+            self.append_task(Parts(head=self.new_head(none, stamp)))
         parameters = dict(self.named_parameters())
         notes = {k: v for k, v in state.items() if k == "stage" or k.startswith(("old.", "masks."))}
         self.stage = ("first", *STAGES)[int(notes.pop("stage"))]

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .base import Convolutions, Head, LifelongNetwork, Parts, bias, conv_block, weight
+from .base import Convolutions, LifelongNetwork, Parts, bias, conv_block, weight
 
 # %% auto #0
 __all__ = ['Adapter', 'ProgNN']
@@ -52,7 +52,7 @@ class ProgNN(LifelongNetwork):
         return Parts(
             conv=Convolutions(self.arch, generator),
             adapters=nn.ModuleList(adapters),
-            head=Head(self.arch, generator),
+            head=self.new_head(generator),
         )
 
     def filters(self, task: int) -> list[tuple[torch.Tensor, torch.Tensor]]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from ..core import stream
+from ..core import BadInput, stream
 from .base import Architecture, Convolutions, Head, LifelongNetwork, Parts
 
 # %% auto #0
@@ -19,7 +19,7 @@ class STL(LifelongNetwork):
     "A network of its own for every task."
 
     def new_task(self, generator: torch.Generator) -> nn.Module:
-        return Parts(conv=Convolutions(self.arch, generator), head=Head(self.arch, generator))
+        return Parts(conv=Convolutions(self.arch, generator), head=self.new_head(generator))
 
     def filters(self, task: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
         return self.tasks[task].conv()
@@ -33,7 +33,7 @@ class HPS(LifelongNetwork):
         self.conv = Convolutions(arch, stream(seed, "init", "conv"))
 
     def new_task(self, generator: torch.Generator) -> nn.Module:
-        return Parts(head=Head(self.arch, generator))
+        return Parts(head=self.new_head(generator))
 
     def filters(self, task: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
         return self.conv()
@@ -55,3 +55,14 @@ class SNN(LifelongNetwork):
 
     def head_of(self, task: int) -> Head:
         return self.head
+
+    def check_classes(self, task: int, classes: int) -> None:
+        super().check_classes(task, classes)
+        if classes > self.arch.outputs:
+            raise BadInput(
+                f"SNN has one output layer for all tasks, of {self.arch.outputs} outputs, too few for a task of"
+                f" {classes} classes. Build it for the largest task."
+            )
+
+    def forward(self, x: torch.Tensor, task: int) -> torch.Tensor:
+        return super().forward(x, task)[:, : self.outputs[task]]

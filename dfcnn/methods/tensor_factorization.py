@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ..core import BadInput, stream
-from .base import Architecture, Head, LifelongNetwork, Parts, bias
+from .base import Architecture, LifelongNetwork, Parts, bias
 from .sharing import STL
 
 # %% auto #0
@@ -75,7 +75,7 @@ class TF(LifelongNetwork):
                 " `length`."
             )
         biases = nn.ParameterList(bias(cout) for _, cout, _ in self.arch.conv_shapes)
-        return Parts(row=self.new_row(len(self.tasks)), b=biases, head=Head(self.arch, generator))
+        return Parts(row=self.new_row(len(self.tasks)), b=biases, head=self.new_head(generator))
 
     def filters(self, task: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
         "The task's slice of each layer's tensor."

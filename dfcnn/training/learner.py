@@ -153,7 +153,7 @@ class TaskSwitch(Callback):
         network = self.learn.model
         there = len(self.dls.train.tasks) if self.together else task + 1  # whether or not the schedule names it
         while len(network.tasks) < there:
-            network.add_task()
+            network.add_task(len(self.dls.train.tasks[len(network.tasks)].classes))
         trained = network.trains(task)
         network.requires_grad_(False).zero_grad()
         for p in trained:
@@ -458,17 +458,17 @@ def task_learner(
             f"{type(network).__name__} learns its tasks one after the other and cannot go back to an earlier"
             " one."
         )
-    for t in tasks:
-        if len(t.train.y) < batch_size:
+    for i, t in enumerate(tasks):
+        if i in schedule and len(t.train.y) < batch_size:
             raise BadInput(
                 f"{t.name} has {len(t.train.y)} training images, fewer than one batch of {batch_size}."
             )
-        if len(t.classes) != network.arch.outputs or t.train.x.shape[1:] != network.arch.input:
+        if t.train.x.shape[1:] != network.arch.input:
             raise BadInput(
-                f"{t.name} has {len(t.classes)} classes of images {tuple(t.train.x.shape[1:])}, but the"
-                f" network '{network.arch.name}' takes {network.arch.outputs} classes of"
-                f" {network.arch.input}."
+                f"{t.name} has images {tuple(t.train.x.shape[1:])}, but the network '{network.arch.name}' takes"
+                f" images {network.arch.input}."
             )
+        network.check_classes(i, len(t.classes))
     device = torch.device(device)
     if device.type == "cpu":
         keep_memory()
