@@ -226,7 +226,7 @@ def pick_methods(methods: str | list[str], architecture: str, together: bool = F
     fits = lambda m: not (together and METHODS[m].network.in_sequence)
     names = split_names("methods", methods, METHODS)
     if names == ["all"]:
-        return [m for m in METHODS if can_build(m, architecture) and fits(m)]
+        return [m for m in METHODS if not METHODS[m].beyond and can_build(m, architecture) and fits(m)]
     names = list(dict.fromkeys(check_choice("method", m, METHODS) for m in names))
     for m in names:
         if not fits(m):

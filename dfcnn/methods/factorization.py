@@ -16,11 +16,12 @@ __all__ = ['deconvolve', 'kernel_of', 'contract', 'glorot_bound', 'glorot', 'glo
 # %% ../../nbs/12_factorization.ipynb #866cf95f
 def deconvolve(
     kb: torch.Tensor,  # knowledge base L (ĉ, ĥ, ŵ)
-    V: torch.Tensor,  # deconvolution filter (ĉ, c, p, p), p = 3
+    V: torch.Tensor,  # deconvolution filter (ĉ, c, p, p), p = 3; p = 1 for filters of a single position
     bias: torch.Tensor | None = None,  # (c,)
 ) -> torch.Tensor:  # D (c, h, w) with h = 2(ĥ - 1) + 1
     "Enlarge a knowledge base into a task's basis of filters: Eq. 1."
-    return F.conv_transpose2d(kb[None], V, bias, stride=2, padding=1)[0]
+    padding = V.shape[-2] // 2, V.shape[-1] // 2  # one on each side where p = 3
+    return F.conv_transpose2d(kb[None], V, bias, stride=2, padding=padding)[0]
 
 
 def kernel_of(side: int) -> int:
@@ -80,12 +81,14 @@ class TwoStage(nn.Module):
         cin: int,  # input channels of the convolution
         cout: int,  # output channels of the convolution
         generator: torch.Generator,
+        p: tuple[int, int] = (3, 3),  # sides of the deconvolution filter; 1 where those of the convolution are 1
+        bias: bool = True,  # has the convolution one?
     ):
         super().__init__()
-        self.V = glorot((kb[1], c, 3, 3), (3, 3, c, kb[1]), generator)
+        self.V = glorot((kb[1], c, *p), (*p, c, kb[1]), generator)
         self.deconv_bias = glorot_bias(c, generator)
         self.U = glorot((c, cin, cout), (c, cin, cout), generator)
-        self.bias = glorot_bias(cout, generator)
+        self.bias = glorot_bias(cout, generator) if bias else None
 
     @staticmethod
     def kb_shape(kb: tuple[int, int]) -> tuple[int, ...]:
@@ -93,7 +96,7 @@ class TwoStage(nn.Module):
 
     def forward(
         self, kb: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:  # W (cout, cin, h, w), bias (cout,)
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:  # W (cout, cin, h, w), bias (cout,)
         D = deconvolve(kb, self.V, self.deconv_bias)
         return contract(D, self.U), self.bias
 

@@ -18,6 +18,7 @@ from ..core import BadInput, brief, check_choice, simplify
 from .base import ARCHITECTURES, LifelongNetwork
 from .deconvolutional import DFCNN, DFCNNDirect, DFCNNtc2
 from .expandable import DEN
+from .factorize import DFResNet18, HPSResNet18, STLResNet18
 from .progressive import ProgNN
 from .sharing import HPS, SNN, STL
 from .tensor_factorization import TF, TFDistillation, TFUniform
@@ -36,6 +37,7 @@ class Method:
     size: str = ""  # "large" or "reduced": which of the data set's architectures, "" for the usual one
     note: str = ""  # what a reader must know where it learns tasks one after the other
     code: str = ""  # checksum of the network's source where it is not this package's
+    beyond: bool = False  # of another network than the paper's: it is named, and is not among "all"
 
 
 _GROWS = "DEN grows while it trains: before a run, its parameters are those that it starts with."
@@ -59,6 +61,9 @@ METHODS = {
         Method("DF-CNN-reduced", "DF-CNN (reduced)", DFCNN, size="reduced"),
         Method("DF-CNN.direct", "DF-CNN.direct", DFCNNDirect),
         Method("DF-CNN.tc2", "DF-CNN.tc2", DFCNNtc2),
+        Method("STL-resnet18", "STL, ResNet-18", STLResNet18, beyond=True),
+        Method("HPS-resnet18", "HPS, ResNet-18", HPSResNet18, beyond=True),
+        Method("DF-resnet18", "DF, ResNet-18", DFResNet18, beyond=True),
     )
 }
 

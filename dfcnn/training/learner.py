@@ -557,6 +557,8 @@ class Audit(Callback):
         self.last, self.last_task = {k: v.detach().clone() for k, v in after.items()}, self.learn.task
         moved = {k: v != after[k] for k, v in self.before.items()}
         changed = {k for k, m in moved.items() if m.any()}
+        own = {k for k, _ in self.model.named_buffers() if k.startswith(f"tasks.{self.learn.task}.")}  # statistics
+        changed -= own
         partly = {k: m for k, m in self.allowed.items() if m is not None}
         beyond = {
             k for k in changed if k not in self.allowed or k in partly and (moved[k] & ~partly[k]).any()
