@@ -25,7 +25,15 @@ import dfcnn
 from .checkpoint import Checkpoint, load_tensors, save_tensors
 from .core import BadInput, brief, stream_seed, write_text, writing
 from .images import Images
-from .learner import HISTORY, Callback, TaskLearner, lifelong_schedule, multitask_schedule, task_learner
+from dfcnn.learner import (
+    HISTORY,
+    Callback,
+    TaskLearner,
+    gradient_scale,
+    lifelong_schedule,
+    multitask_schedule,
+    task_learner,
+)
 from .metrics import seconds, summarize, summarize_together
 from .networks import LifelongNetwork, count_parameters
 from .registry import METHODS, Method, build_network
@@ -34,9 +42,10 @@ from .stacking import train_together
 from .datasets import DATASETS, task_sequence
 
 # %% auto #0
-__all__ = ['TRAINING', 'PACKAGE', 'SAME', 'Training', 'RunConfig', 'Record', 'write_history', 'load_record', 'load_records',
-           'code_checksum', 'git_revision', 'made_with', 'made_by', 'differences', 'alone_in', 'set_aside', 'agreeing',
-           'KeepHistory', 'using_threads', 'settings', 'Attempt', 'run_together', 'run', 'load_network']
+__all__ = ['TRAINING', 'LATER', 'PACKAGE', 'SAME', 'Training', 'RunConfig', 'Record', 'write_history', 'load_record',
+           'load_records', 'code_checksum', 'git_revision', 'made_with', 'made_by', 'differences', 'alone_in',
+           'set_aside', 'agreeing', 'KeepHistory', 'using_threads', 'settings', 'Attempt', 'run_together', 'run',
+           'load_network']
 
 # %% ../nbs/31_runs.ipynb #4179c9f7
 @dataclass(frozen=True)
@@ -62,6 +71,9 @@ TRAINING = {  # by architecture, since the stand-ins are trained as what they st
 }
 
 # %% ../nbs/31_runs.ipynb #0dbde932
+LATER = dict(loss="sum", mean_squares_restart="task")  # fields that earlier records do not have, and their defaults
+
+
 @dataclass(frozen=True)
 class RunConfig:
     "All that a run depends on, apart from the images and the code."
@@ -78,6 +90,8 @@ class RunConfig:
     seed: int = 0
     schedule: str = "lifelong"  # or, for all tasks together, the way to draw one: "uniform", "round-robin"
     score_every: int = 1  # epochs between two scores of the task in hand, where tasks come one by one
+    loss: str = "sum"  # over a mini-batch, of which gradients are taken (authors' code), or "mean"
+    mean_squares_restart: str = "task"  # RMSProp's begin at 1 with every task (authors' code), or with every "epoch"
 
     def __post_init__(self):
         kinds = dict(str=str, int=int, float=(int, float))
@@ -95,9 +109,14 @@ class RunConfig:
                 )
 
     @property
+    def stated(self) -> dict[str, Any]:
+        "The fields as a record states them: those that came later only where they are not as they always were."
+        return {k: v for k, v in asdict(self).items() if LATER.get(k) != v}
+
+    @property
     def name(self) -> str:
         "Folder of the record: readable, and different for every configuration."
-        digest = hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+        digest = hashlib.sha256(json.dumps(self.stated, sort_keys=True).encode()).hexdigest()
         return f"{self.method}-trial{self.trial}-{digest[:8]}"
 
     @property
@@ -171,7 +190,7 @@ def load_records(folder: str | Path) -> list[Record]:
 def _package_checksum() -> str:
     code = hashlib.sha256()
     for f in sorted(Path(dfcnn.__file__).parent.glob("[!_]*.py")):
-        if f.stem not in ("studies", "figures", "verdicts"):  # which no number depends on
+        if f.stem not in ("studies", "figures", "verdicts", "paper", "drawings"):  # which no number depends on
             code.update(f.read_bytes())
     return code.hexdigest()
 
@@ -223,7 +242,7 @@ SAME = ("data", "code", "torch", "device", "threads", "tf32")  # what must agree
 
 def made_by(config: RunConfig, about: dict[str, Any]) -> str:
     "What a file of weights carries with it: the configuration, and what must agree before it is used again."
-    return json.dumps(dict(config=asdict(config), **{k: about[k] for k in SAME}), sort_keys=True)
+    return json.dumps(dict(config=config.stated, **{k: about[k] for k in SAME}), sort_keys=True)
 
 # %% ../nbs/31_runs.ipynb #4aab9037
 def differences(there: dict, here: dict) -> str:
@@ -278,7 +297,7 @@ def agreeing(folder: Path, config: RunConfig, about: dict[str, Any]) -> bool:
             f"'{folder / 'config.json'}' cannot be read ({type(e).__name__}: {e}). Move the folder away, or"
             " choose another output_dir."
         ) from e
-    other = differences(there, asdict(config))
+    other = differences(there, config.stated)
     if other:
         raise BadInput(
             f"'{folder}' holds the record of another configuration: {other}. Move the folder away, or choose"
@@ -310,12 +329,13 @@ def using_threads(n: int):
         torch.set_num_threads(before)
 
 
-def settings(network: LifelongNetwork) -> dict[str, Any]:
+def settings(network: LifelongNetwork, config: RunConfig) -> dict[str, Any]:
     "What a run's numbers depend on besides its configuration: sizes of the network, and the optimizer's constants."
     own = vars(network).items()
     sizes = {k: asdict(v) if is_dataclass(v) else v for k, v in own if is_dataclass(v) or type(v) is float}
     given = inspect.signature(RMSProp).parameters.items()
-    return dict(**sizes, RMSProp={k: p.default for k, p in given if p.default is not p.empty})
+    constants = {k: p.default for k, p in given if p.default is not p.empty}
+    return dict(**sizes, RMSProp=constants | dict(scale=gradient_scale(config.loss, config.batch_size)))
 
 
 class Attempt:
@@ -346,7 +366,7 @@ class Attempt:
         self.first = start and start(self.network.arch, init, config.tasks)
         if not known:
             about["tasks"] = [t.name for t in self.tasks]
-            content = dict(config=asdict(config), settings=settings(self.network), made_with=about)
+            content = dict(config=config.stated, settings=settings(self.network, config), made_with=about)
             write_text(folder / "config.json", json.dumps(content, indent=1))
         self.hyper = dict(
             schedule=config.task_of_epoch,
@@ -354,6 +374,8 @@ class Attempt:
             lr=config.lr,
             decay=config.decay,
             batch_size=config.batch_size,
+            loss=config.loss,
+            mean_squares_restart=config.mean_squares_restart,
             seed=stream_seed(config.seed, *trial, "training"),
             device=device,
         )

@@ -32,7 +32,7 @@ from .learner import Callback
 from .multitask import COUNTS, MultiTask, multitask_dataset
 from .networks import LifelongNetwork, count_parameters
 from .registry import METHODS, Method, build_network, build_shapes, can_build
-from .runs import PACKAGE, SAME, TRAINING, Record, RunConfig, made_with, run_together
+from .runs import LATER, PACKAGE, SAME, TRAINING, Record, RunConfig, made_with, run_together
 from .datasets import DATASETS, task_sequence
 from .tasks import DataSet, Task
 
@@ -308,6 +308,8 @@ class Study:
             ),
             "",
         ]
+        if other := ", ".join(f"{k} {v}" for k, v in c.stated.items() if k in LATER):
+            lines += [f"**Other settings than the released ones**: {other}.", ""]
         if c.short:
             lines += [
                 (
@@ -495,6 +497,8 @@ def lifelong_study(
     scheduler: str | None = None,  # address of a dask scheduler, whose workers carry out the runs
     stack: bool | None = None,  # train the trials of a method as one? None: on a GPU
     tf32: bool = False,  # let a GPU multiply with less precision where it is faster
+    loss: str = "sum",  # over a mini-batch (authors' code), or "mean"
+    mean_squares_restart: str = "task",  # RMSProp's begin at 1 with every task (authors' code), or with every "epoch"
 ) -> Study:
     "Check everything, load the images, and list the runs: every method on the same trials."
     dataset = DATASETS[check_choice("data set", dataset, [d for d in DATASETS if not _is_multitask(d)])]
@@ -509,7 +513,11 @@ def lifelong_study(
     engine = dict(
         device=device, workers=workers, threads=threads, scheduler=scheduler, stack=stack, tf32=tf32
     )
-    return _study([dataset], dataset.name, "lifelong", epochs, every, tasks, **common, **engine)
+    optimizer = dict(
+        loss=check_choice("loss", loss, ["sum", "mean"]),
+        mean_squares_restart=check_choice("mean_squares_restart", mean_squares_restart, ["task", "epoch"]),
+    )
+    return _study([dataset], dataset.name, "lifelong", epochs, every, tasks, optimizer, **common, **engine)
 
 
 def multitask_study(
@@ -558,6 +566,7 @@ def _study(
     epochs: int,
     every: tuple[int, int],  # epochs between two scores of the task in hand, and of earlier tasks
     tasks: int | None = None,
+    optimizer: dict[str, str] = {},  # settings of RMSProp other than the released ones
     *,
     methods: str | list[str],
     trials: int,
@@ -599,6 +608,7 @@ def _study(
         seed=check_number("seed", seed, 0),
         schedule=schedule,
         score_every=every[0],
+        **optimizer,
     )
     for name, value in dict(stack=stack, tf32=tf32).items():
         if not isinstance(value, bool) and not (name == "stack" and value is None):
