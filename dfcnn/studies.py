@@ -26,6 +26,7 @@ from fastprogress import progress_bar
 from safetensors import SafetensorError, safe_open
 from torch.utils.flop_counter import FlopCounterMode
 
+from .checkpoint import Checkpoint
 from .core import BadInput, brief, check_choice, check_number, check_path, pick_device, write_text
 from .images import Images
 from .learner import Callback
@@ -37,9 +38,9 @@ from .datasets import DATASETS, task_sequence
 from .tasks import DataSet, Task
 
 # %% auto #0
-__all__ = ['Failure', 'carry_out', 'ReportProgress', 'epochs_of', 'epochs_done', 'Watch', 'cluster', 'RunsFailed', 'WorkerDied',
-           'step_flops', 'Study', 'split_names', 'pick_methods', 'scoring_interval', 'lifelong_study',
-           'multitask_study', 'notebook_parameters']
+__all__ = ['Failure', 'Unfinished', 'TimeIsUp', 'StopAt', 'carry_out', 'ReportProgress', 'epochs_of', 'epochs_done', 'Watch',
+           'cluster', 'RunsFailed', 'WorkerDied', 'step_flops', 'Study', 'split_names', 'pick_methods',
+           'scoring_interval', 'lifelong_study', 'multitask_study', 'notebook_parameters']
 
 # %% ../nbs/32_studies.ipynb #16317ffb
 @dataclass
@@ -48,6 +49,33 @@ class Failure:
 
     config: RunConfig
     error: str  # in one line
+
+
+@dataclass
+class Unfinished:
+    "A run whose time was over before it was; its checkpoint is on the disk."
+
+    config: RunConfig
+
+
+class TimeIsUp(Exception):
+    "The moment has come at which a run was to stop."
+
+
+class StopAt(Callback):
+    "Stop a run after the first epoch past a moment, with a checkpoint from which the same run goes on."
+
+    order = 80  # when all others have seen the epoch
+
+    def __init__(self, until: float):  # `time.time()` of the moment
+        self.until = until
+
+    def after_epoch(self):
+        if time.time() >= self.until and self.epoch + 1 < self.n_epoch:
+            for cb in self.learn.cbs:
+                if isinstance(cb, Checkpoint):
+                    cb.save()
+            raise TimeIsUp("The time is up.")
 
 
 @lru_cache(maxsize=1)
@@ -60,22 +88,27 @@ def carry_out(
     method: Method,  # with its network, where it is listed in the asking process alone
     images: Images | None,  # None: looked up in this process
     made_of: tuple[str, str],  # checksums that the images and the package must have
-    where: dict[str, Any],  # data_dir, output_dir, device, tf32, threads, asker
-) -> list[tuple[RunConfig, Record | Failure]]:
+    where: dict[str, Any],  # data_dir, output_dir, device, tf32, threads, asker, until
+) -> list[tuple[RunConfig, Record | Failure | Unfinished]]:
     "Carry out runs in this process, whatever happens."
     folders = [Path(where["output_dir"]) / c.name for c in configs]
     METHODS[method.name] = method
+    until = where.get("until")
+    if until and time.time() >= until:
+        return [(c, Unfinished(c)) for c in configs]
     try:
         images = images or _images(configs[0].dataset, where["data_dir"])
         if (images.fingerprint, PACKAGE) != made_of:
             raise BadInput(
                 "This worker has other images, or another version of dfcnn, than the process that asks."
             )
-        cbs = [[ReportProgress(f / "progress.json", where["asker"])] for f in folders]
+        cbs = [[ReportProgress(f / "progress.json", where["asker"])] + [StopAt(until)] * bool(until) for f in folders]
         device = pick_device(where["device"], where["tf32"])
         return list(
             zip(configs, run_together(configs, images, where["output_dir"], device, cbs, where["threads"]))
         )
+    except TimeIsUp:
+        return [(c, Unfinished(c)) for c in configs]
     except Exception as e:
         if len(configs) > 1:  # which one was it? each goes on by itself, from its last checkpoint
             return [result for c in configs for result in carry_out([c], method, images, made_of, where)]
@@ -275,6 +308,7 @@ class Study:
     scheduler: str | None = None  # address of a dask scheduler; None: worker processes on this machine
     stack: bool = False  # train the trials of a method as one?
     tf32: bool = False  # on a GPU
+    until: float | None = None  # `time.time()` of the moment at which runs stop, to go on another day; None: no such
 
     @property
     def dataset(self) -> DataSet:
@@ -361,7 +395,7 @@ class Study:
                 " methods, trials or workers."
             )
 
-    def run(self) -> list[Record]:
+    def run(self) -> list[Record]:  # of the runs that are complete, which are all where there is no `until`
         "Carry out all runs; complete records are used again, and interrupted runs go on from their checkpoints."
         epochs = self.epochs_left()
         self.check_space([c for c in self.configs if epochs[c]])
@@ -374,11 +408,12 @@ class Study:
         left, results, deaths = sorted(self.configs, key=work.get, reverse=True), {}, 0
         with Watch(titles, epochs, self.output_dir) as watch:
 
-            def finish(c: RunConfig, result: Record | Failure):
-                failed = isinstance(result, Failure)
-                results[c] = result if failed else replace(result, folder=self.output_dir / c.name)
+            def finish(c: RunConfig, result: Record | Failure | Unfinished):
+                failed, unfinished = isinstance(result, Failure), isinstance(result, Unfinished)
+                results[c] = result if failed or unfinished else replace(result, folder=self.output_dir / c.name)
                 left.remove(c)
-                watch.finish(c, f"failed. {result.error}" if failed else "")
+                later = "not over yet, and goes on from here another time" if unfinished else ""
+                watch.finish(c, f"failed. {result.error}" if failed else later)
 
             while left:
                 alone = deaths == 2  # to find out whose fault it is
@@ -402,11 +437,11 @@ class Study:
                 " command goes on with these:\n"
                 + "\n".join(lines)
             )
-        return [results[c] for c in self.configs]
+        return [results[c] for c in self.configs if not isinstance(results[c], Unfinished)]
 
     def side_by_side(
         self, configs: list[RunConfig], apart: bool = False
-    ) -> Iterator[tuple[RunConfig, Record | Failure]]:
+    ) -> Iterator[tuple[RunConfig, Record | Failure | Unfinished]]:
         "Results of runs as they come; a single run is carried out in this process, or else `apart` from it."
         groups = [[c] for c in configs]
         if self.stack:
@@ -423,6 +458,7 @@ class Study:
             tf32=self.tf32,
             threads=self.threads,
             asker=None if self.scheduler else os.getpid(),
+            until=self.until,
         )
         call, images = joblib.delayed(carry_out), self.images if here else None
         made_of = self.images.fingerprint, PACKAGE
