@@ -16,7 +16,7 @@ from ..methods.registry import METHODS
 from ..training.learner import lifelong_schedule, multitask_schedule
 
 # %% auto #0
-__all__ = ['TRAINING', 'Training', 'RunConfig']
+__all__ = ['TRAINING', 'LATER', 'Training', 'RunConfig']
 
 # %% ../../nbs/31_configuration.ipynb #4179c9f7
 @dataclass(frozen=True)
@@ -42,6 +42,9 @@ TRAINING = {  # by architecture, since the stand-ins are trained as what they st
 }
 
 # %% ../../nbs/31_configuration.ipynb #0dbde932
+LATER = dict(loss="sum", mean_squares_restart="task")  # fields that earlier records do not have, and their defaults
+
+
 @dataclass(frozen=True)
 class RunConfig:
     "All that a run depends on, apart from the images and the code."
@@ -58,6 +61,8 @@ class RunConfig:
     seed: int = 0
     schedule: str = "lifelong"  # or, for all tasks together, the way to draw one: "uniform", "round-robin"
     score_every: int = 1  # epochs between two scores of the task in hand, where tasks come one by one
+    loss: str = "sum"  # over a mini-batch, of which gradients are taken (authors' code), or "mean"
+    mean_squares_restart: str = "task"  # RMSProp's begin at 1 with every task (authors' code), or with every "epoch"
 
     def __post_init__(self):
         kinds = dict(str=str, int=int, float=(int, float))
@@ -75,9 +80,14 @@ class RunConfig:
                 )
 
     @property
+    def stated(self) -> dict[str, Any]:
+        "The fields as a record states them: those that came later only where they are not as they always were."
+        return {k: v for k, v in asdict(self).items() if LATER.get(k) != v}
+
+    @property
     def name(self) -> str:
         "Folder of the record: readable, and different for every configuration."
-        digest = hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+        digest = hashlib.sha256(json.dumps(self.stated, sort_keys=True).encode()).hexdigest()
         return f"{self.method}-trial{self.trial}-{digest[:8]}"
 
     @property
@@ -108,6 +118,8 @@ class RunConfig:
             seed=self.seed_of("training"),
             eval_every=self.eval_every,
             score_every=self.score_every,
+            loss=self.loss,
+            mean_squares_restart=self.mean_squares_restart,
         )
 
     @property

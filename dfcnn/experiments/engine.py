@@ -30,14 +30,15 @@ from ..data.datasets import DATASETS
 from ..data.images import Images
 from ..methods.base import LifelongNetwork
 from ..methods.registry import METHODS, Method, build_network, build_shapes
+from ..training.checkpoint import Checkpoint
 from ..training.learner import Callback
 from .configuration import RunConfig
 from .records import PACKAGE, Record, changes
 from .runs import run_together
 
 # %% auto #0
-__all__ = ['Engine', 'cluster', 'ReportProgress', 'epochs_of', 'epochs_done', 'ProgressMonitor', 'Failure', 'WorkerDied',
-           'run_in_worker', 'step_flops']
+__all__ = ['Engine', 'cluster', 'ReportProgress', 'epochs_of', 'epochs_done', 'ProgressMonitor', 'Failure', 'Unfinished',
+           'WorkerDied', 'TimeIsUp', 'StopAt', 'run_in_worker', 'step_flops']
 
 # %% ../../nbs/34_engine.ipynb #99204cf4
 @dataclass(kw_only=True)
@@ -238,8 +239,35 @@ class Failure:
     error: str  # in one line
 
 
+@dataclass
+class Unfinished:
+    "A run whose time was over before it was; its checkpoint is on the disk."
+
+    config: RunConfig
+
+
 class WorkerDied(RuntimeError):
     "A worker process ended without a word."
+
+# %% ../../nbs/34_engine.ipynb #5de638ed
+class TimeIsUp(Exception):
+    "The moment has come at which a run was to stop."
+
+
+class StopAt(Callback):
+    "Stop a run after the first epoch past a moment, with a checkpoint from which the same run goes on."
+
+    order = 80  # when all others have seen the epoch
+
+    def __init__(self, until: float):  # `time.time()` of the moment
+        self.until = until
+
+    def after_epoch(self):
+        if time.time() >= self.until and self.epoch + 1 < self.n_epoch:
+            for cb in self.learn.cbs:
+                if isinstance(cb, Checkpoint):
+                    cb.save()
+            raise TimeIsUp("The time is up.")
 
 # %% ../../nbs/34_engine.ipynb #58f839cb
 @lru_cache(maxsize=1)
@@ -252,22 +280,28 @@ def run_in_worker(
     method: Method,  # with its network, where it is listed in the asking process alone
     images: Images | None,  # None: looked up in this process
     made_of: tuple[str, str],  # checksums that the images and the package must have
-    where: dict[str, Any],  # data_dir, output_dir, device, tf32, threads, asker
-) -> list[tuple[RunConfig, Record | Failure]]:
+    where: dict[str, Any],  # data_dir, output_dir, device, tf32, threads, asker, until
+) -> list[tuple[RunConfig, Record | Failure | Unfinished]]:
     "Carry out runs in this process, whatever happens."
     folders = [Path(where["output_dir"]) / c.name for c in configs]
     METHODS[method.name] = method
+    until = where["until"]
+    if until and time.time() >= until:
+        return [(c, Unfinished(c)) for c in configs]
     try:
         images = images or _images(configs[0].dataset, where["data_dir"])
         if (images.fingerprint, PACKAGE) != made_of:
             raise BadInput(
                 "This worker has other images, or another version of dfcnn, than the process that asks."
             )
-        cbs = [[ReportProgress(f / "progress.json", where["asker"])] for f in folders]
+        stop = [StopAt(until)] if until else []
+        cbs = [[ReportProgress(f / "progress.json", where["asker"]), *stop] for f in folders]
         device = pick_device(where["device"], where["tf32"])
         return list(
             zip(configs, run_together(configs, images, where["output_dir"], device, cbs, where["threads"]))
         )
+    except TimeIsUp:
+        return [(c, Unfinished(c)) for c in configs]
     except Exception as e:
         if len(configs) > 1:  # which one was it? each goes on by itself, from its last checkpoint
             return [result for c in configs for result in run_in_worker([c], method, images, made_of, where)]
@@ -296,7 +330,8 @@ def carry_out(
     data_dir: str | None,  # where workers find the images
     output_dir: Path,
     apart: bool = False,  # not in this process, even if it is a single run?
-) -> Iterator[tuple[RunConfig, Record | Failure]]:
+    until: float | None = None,  # `time.time()` of the moment at which runs stop, to go on another day
+) -> Iterator[tuple[RunConfig, Record | Failure | Unfinished]]:
     "Results of runs as they come. Raises `WorkerDied` where a worker did."
     groups = self.groups(configs)
     workers = max(min(self.workers, len(groups)), 1 + apart)
@@ -308,6 +343,7 @@ def carry_out(
         tf32=self.tf32,
         threads=self.threads,
         asker=None if self.scheduler else os.getpid(),
+        until=until,
     )
     call, made_of = joblib.delayed(run_in_worker), (images.fingerprint, PACKAGE)
     calls = [call(g, METHODS[g[0].method], images if here else None, made_of, where) for g in groups]

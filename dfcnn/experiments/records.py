@@ -10,7 +10,7 @@ import json
 import platform
 import subprocess
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from functools import cache
 from importlib.metadata import version
@@ -275,7 +275,7 @@ def reuse_or_set_aside(
             print(f"'{folder}' has no config.json. What was there is now in '{set_aside(folder)}'.", flush=True)
         return False
     found = read_config(folder)
-    if other := differences(found["config"], asdict(config)):
+    if other := differences(found["config"], config.stated):
         raise BadInput(
             f"'{folder}' holds the record of another configuration: {other}. Move the folder away, or choose"
             " another output_dir."

@@ -22,7 +22,7 @@ from ..data.images import Images
 from ..methods.base import LifelongNetwork, count_parameters
 from ..methods.registry import build_network
 from ..training.checkpoint import Checkpoint, save_tensors
-from ..training.learner import Callback, TaskLearner, task_learner
+from ..training.learner import Callback, TaskLearner, gradient_scale, task_learner
 from ..training.optimizer import RMSProp
 from ..training.stacking import train_together
 from .configuration import RunConfig
@@ -61,12 +61,13 @@ def using_threads(n: int):
         torch.set_num_threads(before)
 
 
-def settings(network: LifelongNetwork) -> dict[str, Any]:
+def settings(network: LifelongNetwork, config: RunConfig) -> dict[str, Any]:
     "What a run's numbers depend on besides its configuration: sizes of the network, and the optimizer's constants."
     own = vars(network).items()
     sizes = {k: asdict(v) if is_dataclass(v) else v for k, v in own if is_dataclass(v) or type(v) is float}
     given = inspect.signature(RMSProp).parameters.items()
-    return dict(**sizes, RMSProp={k: p.default for k, p in given if p.default is not p.empty})
+    constants = {k: p.default for k, p in given if p.default is not p.empty}
+    return dict(**sizes, RMSProp=constants | dict(scale=gradient_scale(config.loss, config.batch_size)))
 
 # %% ../../nbs/33_runs.ipynb #de40feb3
 class PendingRun:
@@ -100,7 +101,7 @@ class PendingRun:
         self.first = start and start(self.network.arch, seed, config.tasks)
         if today:
             about = dict(today, tasks=[t.name for t in self.tasks])
-            content = dict(config=asdict(config), settings=settings(self.network), made_with=about)
+            content = dict(config=config.stated, settings=settings(self.network, config), made_with=about)
             write_text(self.folder / "config.json", json.dumps(content, indent=1))
         self.made_by, self.keeps, self.before = made_by(self.folder), [], 0.0
 

@@ -23,11 +23,12 @@ from ..data.images import Images
 from ..data.tasks import DataSet, Task
 from ..methods.base import count_parameters
 from ..methods.registry import METHODS, build_shapes, can_build
-from .configuration import TRAINING, RunConfig
+from .configuration import LATER, TRAINING, RunConfig
 from dfcnn.experiments.engine import (
     Engine,
     Failure,
     ProgressMonitor,
+    Unfinished,
     WorkerDied,
     epochs_done,
     epochs_of,
@@ -49,6 +50,7 @@ class Study:
     output_dir: Path
     engine: Engine
     data_dir: str | None = None  # where workers find the images
+    until: float | None = None  # `time.time()` of the moment at which runs stop, to go on another day; None: no such
 
     @property
     def dataset(self) -> DataSet:
@@ -84,6 +86,8 @@ def describe(self: Study) -> str:  # Markdown
         ),
         "",
     ]
+    if other := ", ".join(f"{k} {v}" for k, v in c.stated.items() if k in LATER):
+        lines += [f"**Other settings than the released ones**: {other}.", ""]
     if c.short:
         lines += [
             (
@@ -172,11 +176,11 @@ def report_failures(self: Study, failures: list[Failure], titles: dict[RunConfig
 @patch
 def carry_out(self: Study, configs: list[RunConfig], apart: bool = False):
     "Results of runs as they come: see `Engine.carry_out`."
-    return self.engine.carry_out(configs, self.images, self.data_dir, self.output_dir, apart)
+    return self.engine.carry_out(configs, self.images, self.data_dir, self.output_dir, apart, self.until)
 
 # %% ../../nbs/35_studies.ipynb #918dd08f
 @patch
-def run(self: Study) -> list[Record]:
+def run(self: Study) -> list[Record]:  # of the runs that are complete, which are all where there is no `until`
     "Carry out all runs; complete records are used again, and interrupted runs go on from their checkpoints."
     epochs = self.epochs_left()
     self.check_space([c for c in self.configs if epochs[c]])
@@ -185,11 +189,13 @@ def run(self: Study) -> list[Record]:
     left, results, deaths = sorted(self.configs, key=work.get, reverse=True), {}, 0
     with ProgressMonitor(titles, epochs, self.output_dir) as watch:
 
-        def finish(c: RunConfig, result: Record | Failure):
-            failed = isinstance(result, Failure)
-            results[c] = result if failed else replace(result, folder=self.output_dir / c.name)
+        def finish(c: RunConfig, result: Record | Failure | Unfinished):
+            complete = isinstance(result, Record)
+            results[c] = replace(result, folder=self.output_dir / c.name) if complete else result
             left.remove(c)
-            watch.finish(c, f"failed. {result.error}" if failed else "")
+            failed = f"failed. {result.error}" if isinstance(result, Failure) else ""
+            later = "not over yet, and goes on from here another time" if isinstance(result, Unfinished) else ""
+            watch.finish(c, failed or later)
 
         while left:
             alone = deaths == 2  # to find out whose fault it is
@@ -204,7 +210,7 @@ def run(self: Study) -> list[Record]:
                     print(f"{e}. Its runs go on from their checkpoints.", flush=True)
                 deaths = 0 if alone else deaths + 1
     self.report_failures([r for r in results.values() if isinstance(r, Failure)], titles)
-    return [results[c] for c in self.configs]
+    return [results[c] for c in self.configs if not isinstance(results[c], Unfinished)]
 
 # %% ../../nbs/35_studies.ipynb #47ae94fb
 def split_names(
@@ -329,6 +335,8 @@ def lifelong_study(
     output_dir: str = "reports/lifelong",  # records go to <output_dir>/<dataset>
     score_every: int | None = None,  # epochs between two scores of the task in hand; None: 200 times per task at most
     eval_every: int | None = None,  # of earlier tasks; None: 20 times, and every tenth epoch at most
+    loss: str = "sum",  # over a mini-batch (authors' code), or "mean"
+    mean_squares_restart: str = "task",  # RMSProp's begin at 1 with every task (authors' code), or with every "epoch"
     **kwargs: Any,  # of `Engine`
 ) -> Study:
     "Check everything, load the images, and list the runs: every method on the same trials."
@@ -346,6 +354,8 @@ def lifelong_study(
         seed=seed,
         score_every=check_number("score_every", score_every, 1, 1_000_000),
         eval_every=check_number("eval_every", eval_every, 1, 1_000_000),
+        loss=check_choice("loss", loss, ["sum", "mean"]),
+        mean_squares_restart=check_choice("mean_squares_restart", mean_squares_restart, ["task", "epoch"]),
     )
     return lay_out(config, [dataset], dataset.name, methods, trials, data_dir, output_dir, Engine(**kwargs))
 

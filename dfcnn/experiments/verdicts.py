@@ -864,6 +864,7 @@ class SideBySide:
 def side_by_side(
     records: str | Path = "reports",  # folder; all complete records below it
     output_dir: str | Path = "reports/paper",  # scorecard.csv, findings.csv, targets.csv go to here
+    left_out: Sequence[str] = ("riddle",),  # folders below it whose records have a report of their own
 ) -> dict[str, SideBySide]:  # by variant; that of the published settings, "", comes first and is always there
     "Read records, decide what they decide, and write it into files."
     if not Path(records).is_dir():
@@ -872,7 +873,9 @@ def side_by_side(
         )
     by: dict[str, list[Record]] = {"": []}
     for r in load_records(records):
-        by.setdefault(variant(r.config), []).append(r)
+        aside = set(left_out) & set(r.folder.relative_to(records).parts)
+        if not aside and r.config.dataset in DATASETS:
+            by.setdefault(variant(r.config), []).append(r)
     if not sum(map(len, by.values())):
         raise BadInput(
             f"There are no complete run records below '{records}'. `papermill nbs/lifelong.ipynb` makes some."

@@ -29,9 +29,10 @@ with warnings.catch_warnings():  # fastai 2.8 imports parts of torch that are ab
     from fastai.optimizer import OptimWrapper
 
 # %% auto #0
-__all__ = ['HISTORY', 'SPLITS', 'sum_cross_entropy', 'TaskBatches', 'placed', 'on_device', 'SeedEpochs', 'TaskSwitch',
-           'InverseTimeDecay', 'lifelong_schedule', 'multitask_schedule', 'tally', 'score', 'moment', 'seconds_between',
-           'Measured', 'Evaluate', 'TaskLearner', 'task_learner', 'lifelong_learner', 'train', 'Audit']
+__all__ = ['HISTORY', 'SPLITS', 'sum_cross_entropy', 'gradient_scale', 'TaskBatches', 'placed', 'on_device', 'SeedEpochs',
+           'TaskSwitch', 'InverseTimeDecay', 'RestartMeanSquares', 'restarts', 'lifelong_schedule',
+           'multitask_schedule', 'tally', 'score', 'moment', 'seconds_between', 'Measured', 'Evaluate', 'TaskLearner',
+           'task_learner', 'lifelong_learner', 'train', 'Audit']
 
 # %% ../../nbs/21_learner.ipynb #5efb9065
 def sum_cross_entropy(
@@ -40,6 +41,11 @@ def sum_cross_entropy(
 ) -> torch.Tensor:
     "Softmax cross-entropy, summed over the batch."
     return F.cross_entropy(logits, y, reduction="sum")
+
+
+def gradient_scale(loss: str, batch_size: int) -> float:
+    "What turns the gradients of the sum into those of the `loss`, \"sum\" or \"mean\"."
+    return 1.0 if check_choice("loss", loss, ["sum", "mean"]) == "sum" else 1 / batch_size
 
 # %% ../../nbs/21_learner.ipynb #d54d55dc
 class TaskBatches:
@@ -187,6 +193,21 @@ class InverseTimeDecay(Callback):
 
     def before_epoch(self):
         self.opt.set_hypers(lr=inverse_time_decay(self.initial_lr, self.lr_decay, self.epoch))
+
+
+class RestartMeanSquares(Callback):
+    "Let the optimizer's mean squares begin at 1 again with every epoch (see `20_optimizer`)."
+
+    order = -13
+
+    def before_epoch(self):
+        self.opt.opt.restart()
+
+
+def restarts(mean_squares_restart: str) -> list[Callback]:  # "task" or "epoch"
+    "What lets mean squares begin anew; a new task's do so by themselves."
+    often = check_choice("mean_squares_restart", mean_squares_restart, ["task", "epoch"]) == "epoch"
+    return [RestartMeanSquares()] * often
 
 # %% ../../nbs/21_learner.ipynb #ff54d29a
 def lifelong_schedule(n_tasks: int, epochs: int) -> list[int]:
@@ -446,6 +467,8 @@ def task_learner(
     cbs: Sequence[Callback] = (),  # more callbacks
     together: bool = False,  # are all tasks there from the start?
     score_every: int = 1,  # epochs between two scores of the task in hand, where tasks come one by one
+    loss: str = "sum",  # over a mini-batch, of which gradients are taken (authors' code), or "mean"
+    mean_squares_restart: str = "task",  # RMSProp's begin at 1 with every task (authors' code), or with every "epoch"
 ) -> TaskLearner:  # `learn.evaluate.history` is the table of scores after `train(learn)`
     "A fastai Learner that learns `tasks` as the schedule says."
     if len(tasks) > network.max_tasks:
@@ -482,7 +505,7 @@ def task_learner(
         dls,
         network.to(device),
         sum_cross_entropy,
-        opt_func=partial(OptimWrapper, opt=RMSProp),
+        opt_func=partial(OptimWrapper, opt=RMSProp, scale=gradient_scale(loss, batch_size)),
         lr=lr,
         default_cbs=False,
         cbs=[
@@ -490,6 +513,7 @@ def task_learner(
             SeedEpochs(seed),
             TaskSwitch(schedule, together),
             InverseTimeDecay(lr, decay),
+            *restarts(mean_squares_restart),
             Evaluate(tasks, eval_every, together, score_every),
             *network.callbacks(),
             *cbs,

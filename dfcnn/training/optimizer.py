@@ -22,18 +22,19 @@ def rmsprop_(
     lr: float | torch.Tensor,  # learning rate λ; a tensor where the step is captured and replayed
     decay: float = 0.9,  # of the mean square
     eps: float = 1e-10,  # inside the root
+    scale: float = 1.0,  # of the gradients
 ) -> None:
     "One update of every parameter."
     torch._foreach_mul_(mean_squares, decay)
-    torch._foreach_addcmul_(mean_squares, grads, grads, 1 - decay)
+    torch._foreach_addcmul_(mean_squares, grads, grads, (1 - decay) * scale**2)
     roots = torch._foreach_add(mean_squares, eps)
     torch._foreach_sqrt_(roots)
     if isinstance(lr, torch.Tensor):
         steps = torch._foreach_div(grads, roots)
-        torch._foreach_mul_(steps, -lr)
+        torch._foreach_mul_(steps, -lr * scale)
         torch._foreach_add_(params, steps)
     else:
-        torch._foreach_addcdiv_(params, grads, roots, -lr)
+        torch._foreach_addcdiv_(params, grads, roots, -lr * scale)
 
 
 class RMSProp(Optimizer):
@@ -45,8 +46,9 @@ class RMSProp(Optimizer):
         lr: float,  # learning rate λ
         decay: float = 0.9,  # of the mean square
         eps: float = 1e-10,  # inside the root
+        scale: float = 1.0,  # of the gradients: 1/n turns those of a sum over n images into those of their mean
     ):
-        super().__init__(params, dict(lr=lr, decay=decay, eps=eps))
+        super().__init__(params, dict(lr=lr, decay=decay, eps=eps, scale=scale))
 
     def mean_square(self, p: torch.nn.Parameter) -> torch.Tensor:
         "The mean square of a parameter, one where there was no step yet."
@@ -60,7 +62,12 @@ class RMSProp(Optimizer):
             params = [p for p in group["params"] if p.grad is not None]
             if params:
                 grads, mean_squares = [p.grad for p in params], [self.mean_square(p) for p in params]
-                rmsprop_(params, grads, mean_squares, group["lr"], group["decay"], group["eps"])
+                rmsprop_(params, grads, mean_squares, **{k: group[k] for k in ("lr", "decay", "eps", "scale")})
+
+    def restart(self) -> None:
+        "Let every mean square begin at 1 again, where it lies."
+        for state in self.state.values():
+            state["mean_square"].fill_(1.0)
 
 # %% ../../nbs/20_optimizer.ipynb #5e8c918c
 def inverse_time_decay(

@@ -105,7 +105,7 @@ class Steps:
         grads = {k: g.contiguous() for k, g in zip(names, grads) if g is not None}  # for one kernel, not many
         params, squares = [self.moving[k].detach() for k in grads], [self.mean_squares[k] for k in grads]
         lr = self.lr if self.captures else self.lead.opt.hypers[-1]["lr"]
-        rmsprop_(params, list(grads.values()), squares, lr)
+        rmsprop_(params, list(grads.values()), squares, lr, scale=self.lead.opt.opt.param_groups[0]["scale"])
         self.losses.index_copy_(0, self.at, losses.detach()[None])
         self.correct += (logits.detach().argmax(-1) == y).sum(1)
         self.at += 1
