@@ -13,14 +13,15 @@ import time
 from pathlib import Path
 
 import torch
+from fastai.optimizer import OptimWrapper
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from .core import BadInput, writing
-from .learner import Callback, TaskLearner
+from .learner import FitCallback, TaskLearner
 
 # %% auto #0
-__all__ = ['checksum', 'save_tensors', 'load_tensors', 'snapshot', 'restore', 'Checkpoint']
+__all__ = ['checksum', 'save_tensors', 'load_tensors', 'optimizer_state', 'snapshot', 'restore', 'Checkpoint']
 
 # %% ../nbs/22_checkpoint.ipynb #0c323dc5
 def checksum(tensors: dict[str, torch.Tensor], about: dict[str, str]) -> str:
@@ -57,14 +58,19 @@ def load_tensors(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, s
     return tensors, about
 
 # %% ../nbs/22_checkpoint.ipynb #c68d76e1
+def optimizer_state(opt) -> dict[torch.nn.Parameter, dict]:
+    "What an optimizer of fastai, or one of torch that fastai wraps, keeps for each parameter."
+    return opt.opt.state if isinstance(opt, OptimWrapper) else opt.state
+
+
 def snapshot(learn: TaskLearner) -> dict[str, torch.Tensor]:
     "All that the next epoch depends on, between two epochs."
     state = {f"network/{k}": v for k, v in learn.model.state_dict().items()}
     names = {p: k for k, p in learn.model.named_parameters()}
     later = set(learn.task_switch.schedule[learn.epoch + 1 :])
     for task in later & set(learn.optimizers):
-        for p, values in learn.optimizers[task].opt.state.items():
-            state.update({f"optimizer/{task}/{names[p]}/{k}": v for k, v in values.items()})
+        for p, values in optimizer_state(learn.optimizers[task]).items():
+            state.update({f"optimizer/{task}/{names[p]}/{k}": torch.as_tensor(v) for k, v in values.items()})
     for cb in learn.cbs:
         if hasattr(type(cb), "state_dict"):
             state.update({f"callback/{cb.name}/{k}": v for k, v in cb.state_dict().items()})
@@ -91,14 +97,16 @@ def restore(
     for k, v in values.items():
         task, name, what = k.split("/")
         p = parameters[name]
-        learn.optimizers[int(task)].opt.state[p][what] = v.to(p.device, copy=True)
+        counts = v.ndim == 0 and not v.is_floating_point()  # fastai counts steps in plain numbers
+        kept = v.item() if counts else v.to(p.device, copy=True)
+        optimizer_state(learn.optimizers[int(task)])[p][what] = kept
     for cb in learn.cbs:
         if hasattr(type(cb), "load_state_dict"):
             cb.load_state_dict(part(f"callback/{cb.name}/"))
-    learn.start_epoch = epochs
+    learn.epochs_done = epochs
 
 # %% ../nbs/22_checkpoint.ipynb #0406f9d6
-class Checkpoint(Callback):
+class Checkpoint(FitCallback):
     """Keep the last two checkpoints; begin where the last good one was taken.
 
     One is taken every few minutes, at the end of a task that will not come again, and at the end of the run.

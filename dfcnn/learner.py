@@ -8,13 +8,16 @@ from __future__ import annotations
 import time
 import warnings
 from collections import Counter
+from contextlib import contextmanager
 from functools import partial
 from itertools import islice
+from pathlib import Path
 from typing import Callable, Iterable, Iterator, NamedTuple, Sequence
 
 import pandas as pd
 import torch
 import torch.nn.functional as F
+from fastcore.all import L, patch
 
 from .core import BadInput, check_choice, keep_memory, stream, stream_seed
 from .networks import LifelongNetwork
@@ -24,22 +27,32 @@ from .tasks import Split, Task
 with warnings.catch_warnings():  # fastai 2.8 imports parts of torch that are about to go
     warnings.simplefilter("ignore")
     from fastai.callback.core import Callback, CancelEpochException, CancelValidException, TrainEvalCallback
+    from fastai.callback.fp16 import MixedPrecision
+    from fastai.callback.schedule import ParamScheduler, combined_cos
+    from fastai.callback.tracker import ReduceLROnPlateau, SaveModelCallback
     from fastai.data.core import DataLoaders
-    from fastai.learner import Learner
+    from fastai.learner import Learner, Recorder
     from fastai.optimizer import OptimWrapper
+    from fastai.torch_core import ContextManagers
 
 # %% auto #0
-__all__ = ['HISTORY', 'SPLITS', 'sum_cross_entropy', 'TaskBatches', 'placed', 'on_device', 'SeedEpochs', 'TaskSwitch',
-           'InverseTimeDecay', 'lifelong_schedule', 'multitask_schedule', 'tally', 'score', 'moment', 'seconds_between',
-           'Measured', 'Evaluate', 'TaskLearner', 'task_learner', 'lifelong_learner', 'train', 'Audit']
+__all__ = ['HISTORY', 'SPLITS', 'sum_cross_entropy', 'TaskBatches', 'placed', 'on_device', 'FitCallback', 'SeedEpochs',
+           'TaskSwitch', 'InverseTimeDecay', 'lifelong_schedule', 'multitask_schedule', 'count_correct', 'score',
+           'timestamp', 'seconds_between', 'PendingScore', 'Evaluate', 'listens', 'TrainEval', 'TaskLearner',
+           'task_learner', 'lifelong_learner', 'train', 'Audit']
 
 # %% ../nbs/21_learner.ipynb #5efb9065
 def sum_cross_entropy(
     logits: torch.Tensor,  # (n, classes)
     y: torch.Tensor,  # labels (n,)
+    reduction: str = "sum",  # "none": a value for each image, which fastai asks for in `get_preds(with_loss=True)`
 ) -> torch.Tensor:
     "Softmax cross-entropy, summed over the batch."
-    return F.cross_entropy(logits, y, reduction="sum")
+    return F.cross_entropy(logits, y, reduction=reduction)
+
+
+sum_cross_entropy.activation = partial(F.softmax, dim=-1)  # what `get_preds` makes of logits
+sum_cross_entropy.decodes = partial(torch.argmax, dim=-1)  # and, `with_decoded`, of probabilities
 
 # %% ../nbs/21_learner.ipynb #d54d55dc
 class TaskBatches:
@@ -63,6 +76,12 @@ class TaskBatches:
     def __len__(self) -> int:
         n = len(self.data.y)
         return n // self.batch_size if self.generator else -(-n // self.batch_size)
+
+    def new(self, **_) -> TaskBatches:
+        "The same images in the data's order, none dropped: what fastai asks for to predict."
+        other = TaskBatches(self.tasks, self.split, self.batch_size)
+        other.task = self.task
+        return other
 
     def order(self) -> torch.Tensor:  # int64
         "Images of the coming epoch, batch after batch: the same on every device."
@@ -90,7 +109,11 @@ def on_device(tasks: Sequence[Task], device: torch.device) -> list[Task]:
     return [Task(t.name, t.classes, *(placed(s, device) for s in (t.train, t.valid, t.test))) for t in tasks]
 
 # %% ../nbs/21_learner.ipynb #89fcf444
-class SeedEpochs(Callback):
+class FitCallback(Callback):
+    "A callback that takes part in `fit` alone: `validate` and `get_preds` go without it."
+
+
+class SeedEpochs(FitCallback):
     "Give every epoch its own streams for the order of batches and for dropout."
 
     order = -20
@@ -108,13 +131,13 @@ class SeedEpochs(Callback):
         torch.manual_seed(self.dropout)
 
 # %% ../nbs/21_learner.ipynb #6fb5da4f
-class TaskSwitch(Callback):
+class TaskSwitch(FitCallback):
     """Turn to the task that the schedule names for each epoch (Algorithm 1).
 
     Other callbacks read from the Learner: the `task` in hand, `task_epoch` (epochs that it has had before
-    this one), and `task_ends` (whether the next epoch is another task's). They are told when a *phase*, in which
-    the same parameters are trained, begins and ends, and when the network was altered in between: `before_phase`,
-    `after_phase`, `after_change`.
+    this one), `task_ends` (whether the next epoch is another task's), and `epochs_done` (of the schedule). They are
+    told when a *phase*, in which the same parameters are trained, begins and ends, and when the network was altered in
+    between: `before_phase`, `after_phase`, `after_change`.
     """
 
     order = -15  # before anything else looks at the task in hand
@@ -131,10 +154,17 @@ class TaskSwitch(Callback):
             trained[task] += 1
 
     def after_create(self):
-        self.learn.optimizers, self.learn.task = {}, None
+        self.learn.optimizers, self.learn.task, self.learn.epochs_done = {}, None, 0
         self.turn_to(self.schedule[0])
 
     def before_fit(self):
+        if self.n_epoch > len(self.schedule):
+            raise BadInput(
+                f"The schedule has {len(self.schedule)} epochs, of which {self.learn.epochs_done} are over, and"
+                f" {self.n_epoch - self.learn.epochs_done} more are asked for. `fit()` trains to its end; give"
+                " `task_learner` a longer schedule to train for longer."
+            )
+        self.learn.refuse_callbacks()
         self.learn("before_phase")
 
     def before_epoch(self):
@@ -158,10 +188,12 @@ class TaskSwitch(Callback):
         network.requires_grad_(False).zero_grad()
         for p in trained:
             p.requires_grad_(True)
+        before = self.learn.opt
         if task not in self.learn.optimizers:
-            lr = self.learn.opt.hypers[0]["lr"] if self.learn.opt else self.learn.lr
-            self.learn.optimizers[task] = self.learn.opt_func(trained, lr=lr)
+            self.learn.optimizers[task] = self.learn.opt_func(trained, lr=self.learn.lr)
         self.learn.opt, self.learn.task = self.learn.optimizers[task], task
+        if before:  # the state is a task's own, the settings are the run's
+            self.learn.opt.set_hypers(**{k: v for k, v in before.hypers[-1].items() if v is not None})
         self.dls.train.task = self.dls.valid.task = task
 
     def new_phase(self, change: Callable[[], None]):
@@ -173,17 +205,23 @@ class TaskSwitch(Callback):
         self.turn_to(self.learn.task)
         self.learn("before_phase")
 
+    def after_epoch(self):
+        self.learn.epochs_done = self.epoch + 1
+
     def after_fit(self):
         self.learn("after_phase")
 
 
-class InverseTimeDecay(Callback):
+class InverseTimeDecay(FitCallback):
     "The learning rate of each epoch, counted over the whole run."
 
     order = -14
 
-    def __init__(self, lr: float, decay: float):
-        self.initial_lr, self.lr_decay = lr, decay
+    def __init__(self, decay: float):
+        self.lr_decay = decay
+
+    def before_fit(self):
+        self.initial_lr = self.opt.hypers[-1]["lr"]  # what `fit` was given, or else the Learner's own
 
     def before_epoch(self):
         self.opt.set_hypers(lr=inverse_time_decay(self.initial_lr, self.lr_decay, self.epoch))
@@ -207,7 +245,7 @@ def multitask_schedule(
 
 # %% ../nbs/21_learner.ipynb #9d33aaff
 @torch.no_grad()
-def tally(
+def count_correct(
     network: LifelongNetwork,  # in evaluation mode
     data: Split,
     task: int,
@@ -223,15 +261,15 @@ def tally(
 
 
 def score(
-    network: LifelongNetwork, data: Split, task: int, batch_size: int | None = None  # as in `tally`
+    network: LifelongNetwork, data: Split, task: int, batch_size: int | None = None  # as in `count_correct`
 ) -> tuple[float, float]:  # accuracy (0 to 1), mean cross-entropy per image
     "Accuracy and loss of one task on one set of images, which are moved to the network's device."
     data = placed(data, network.n_tasks.device)
-    correct, loss = tally(network, data, task, batch_size).tolist()
+    correct, loss = count_correct(network, data, task, batch_size).tolist()
     return correct / len(data.y), loss / len(data.y)
 
 # %% ../nbs/21_learner.ipynb #81a3df89
-def moment(device: torch.device) -> float | torch.Event:
+def timestamp(device: torch.device) -> float | torch.Event:
     "Now: by the clock on a CPU; on a GPU when it gets here in its work."
     if device.type == "cpu":
         return time.perf_counter()
@@ -241,11 +279,11 @@ def moment(device: torch.device) -> float | torch.Event:
 
 
 def seconds_between(start: float | torch.Event, end: float | torch.Event) -> float:
-    "Seconds between two moments; those of a GPU must be over."
+    "Seconds between two timestamps; those of a GPU must be over."
     return end - start if isinstance(end, float) else start.elapsed_time(end) / 1000
 
 
-class Measured(NamedTuple):
+class PendingScore(NamedTuple):
     "Scores that nobody has read yet."
 
     when: tuple[int, int, int]  # epoch, epoch of the task, task in hand
@@ -255,6 +293,7 @@ class Measured(NamedTuple):
     sums: torch.Tensor | None  # images classified correctly, then summed losses; None: as they were
     start: float | torch.Event
     end: float | torch.Event
+    shared_by: int = 1  # Learners whose training the time between them holds, where trials are stacked
 
 
 HISTORY = {  # columns of the table of scores
@@ -270,7 +309,7 @@ HISTORY = {  # columns of the table of scores
 SPLITS = ("train", "valid", "test")
 
 
-class Evaluate(Callback):
+class Evaluate(FitCallback):
     "Score the learned tasks in place of fastai's validation, and keep the history."
 
     order = 10
@@ -285,9 +324,8 @@ class Evaluate(Callback):
         self.eval_tasks, self.eval_every, self.together = tasks, eval_every, together
         self.score_every = score_every
         self.scores: list[tuple] = []
-        self.unread: list[Measured] = []
+        self.unread: list[PendingScore] = []
         self.learned: set[int] = set()
-        self.sharing = 1  # Learners whose training the measured seconds hold, where trials are stacked
         self.latest: dict[tuple[int, str], tuple[float, float]] = {}  # by task and split
 
     @property
@@ -319,10 +357,10 @@ class Evaluate(Callback):
         when = epoch, task_epoch, self.learn.task
         for task in evaluated if self.eval_every else ():
             for split in ("valid", "test"):
-                data, start = getattr(self.eval_tasks[task], split), moment(self.device)
-                sums = None if (task, split) in self.latest else tally(self.model, data, task)
-                end = moment(self.device)
-                self.unread.append(Measured(when, task, split, len(data.y), sums, start, end))
+                data, start = getattr(self.eval_tasks[task], split), timestamp(self.device)
+                sums = None if (task, split) in self.latest else count_correct(self.model, data, task)
+                end = timestamp(self.device)
+                self.unread.append(PendingScore(when, task, split, len(data.y), sums, start, end))
 
     def read(self):
         "Wait for the device, and enter what it has measured into the history."
@@ -338,13 +376,11 @@ class Evaluate(Callback):
                 correct, *losses = islice(numbers, len(m.sums))
                 means = correct / m.images, sum(losses) / m.images
             self.check(m, losses)
-            if m.split == "train":
-                took /= self.sharing
-            else:
+            if m.split != "train":
                 self.latest[which] = means
-            self.scores.append((*m.when, *which, *means, took))
+            self.scores.append((*m.when, *which, *means, took / m.shared_by))
 
-    def check(self, m: Measured, losses: Sequence[float]):
+    def check(self, m: PendingScore, losses: Sequence[float]):
         "Stop where training has gone astray: a network whose loss is no number has no accuracy."
         for batch, loss in enumerate(losses):
             if not loss < float("inf"):
@@ -382,7 +418,7 @@ class Evaluate(Callback):
             self.read()
 
     def before_train(self):
-        self.start, self.seen = moment(self.device), 0
+        self.start, self.seen = timestamp(self.device), 0
         self.correct, self.losses = torch.zeros((), device=self.device), []
 
     def after_loss(self):
@@ -390,13 +426,25 @@ class Evaluate(Callback):
             (y,) = self.yb
             self.seen += len(y)
             self.correct += (self.pred.detach().argmax(1) == y).sum()
-            self.losses.append(self.loss.detach())
+            known = self.loss_func is sum_cross_entropy
+            self.losses.append((self.loss if known else sum_cross_entropy(self.pred, y)).detach())
 
     def after_train(self):
+        if self.seen:
+            sums = torch.stack([self.correct, *self.losses])
+            self.note_training(self.seen, sums, self.start, timestamp(self.device))
+
+    def note_training(
+        self,
+        images: int,
+        sums: torch.Tensor,  # images classified correctly, then the loss of each batch
+        start: float | torch.Event,
+        end: float | torch.Event,
+        shared_by: int = 1,  # Learners that were trained between start and end
+    ):
+        "Note how an epoch's batches went, to be read when the epoch is over."
         when = self.epoch + 1, self.task_epoch + 1, self.learn.task
-        sums = torch.stack([self.correct, *self.losses])
-        train = Measured(when, self.learn.task, "train", self.seen, sums, self.start, moment(self.device))
-        self.unread.append(train)
+        self.unread.append(PendingScore(when, self.learn.task, "train", images, sums, start, end, shared_by))
 
     def before_validate(self):
         done, now = self.task_epoch + 1, self.epoch + 1
@@ -411,28 +459,162 @@ class Evaluate(Callback):
             if due or done % self.score_every == 0:
                 scored.append(self.learn.task)
         self.evaluate(now, done, scored)
-        raise CancelValidException()
+        if not hasattr(self.learn, "recorder"):
+            raise CancelValidException()
 
     def after_epoch(self):
         self.read()
 
 # %% ../nbs/21_learner.ipynb #dc31ab6d
-class TaskLearner(Learner):
-    "A fastai Learner that calls, for each event, the callbacks that define it, and may begin at a later epoch."
+def listens(cb: Callback, event: str) -> bool:
+    "Does a callback define this event?"
+    return event in vars(cb) or hasattr(type(cb), event)
 
-    start_epoch = 0  # set by `restore`
+
+class TrainEval(TrainEvalCallback):
+    "fastai's, with the progress of this `fit`, which may begin in the middle of the schedule."
+
+    def before_train(self):
+        super().before_train()
+        self.share = 1 / (self.n_epoch - self.first)  # of an epoch in this `fit`
+        self.learn.pct_train = (self.epoch - self.first) * self.share
+
+    def before_fit(self):
+        super().before_fit()
+        self.first = self.learn.epochs_done
+
+    def after_batch(self):
+        self.learn.pct_train += self.share / self.n_iter
+        self.learn.train_iter += 1
+
+
+class TaskLearner(Learner):
+    "A fastai Learner that goes on where it is in its schedule, and calls for each event the callbacks that define it."
+
+    def fit(
+        self,
+        n_epoch: int | None = None,  # None: to the end of the schedule
+        lr: float | None = None,  # of the run's first epoch, from which it decays; None: the Learner's own
+        wd: float | None = None,  # weight decay, where the optimizer has one
+        cbs: Callback | Sequence[Callback] = (),  # for this time
+        reset_opt: bool = False,  # forget the optimizers' state
+        start_epoch: int = 0,
+    ):
+        "Go on with the schedule for `n_epoch` epochs."
+        if start_epoch:
+            raise BadInput("A Learner goes on by itself where it stopped: leave `start_epoch` at 0.")
+        if (self.wd if wd is None else wd) is not None and "wd" not in self.opt.hypers[-1]:
+            raise BadInput("The optimizer has no weight decay `wd`. Choose one by `opt_func`, such as fastai's Adam.")
+        left = len(self.task_switch.schedule) - self.epochs_done
+        n_epoch = left if n_epoch is None else n_epoch
+        super().fit(self.epochs_done + n_epoch, lr, wd, cbs, reset_opt)
 
     def _do_fit(self):
-        for epoch in range(self.start_epoch, self.n_epoch):
+        for epoch in range(self.epochs_done, self.n_epoch):
             self.epoch = epoch
             self._with_events(self._do_epoch, "epoch", CancelEpochException)
 
     def _call_one(self, event_name: str):
         for cb in self.cbs.sorted("order"):
-            if hasattr(type(cb), event_name):
+            if event_name == "after_fit" or listens(cb, event_name):  # after a fit fastai sets `run` of all
                 cb(event_name)
 
+# %% ../nbs/21_learner.ipynb #a40600c8
+@patch
+def add_cb(self: TaskLearner, cb: Callback | type[Callback]):
+    "fastai's, with a `Recorder` where one of fastai's callbacks comes, or where there are metrics."
+    cb = cb() if isinstance(cb, type) else cb
+    of_fastai = [b for b in type(cb).__mro__ if b.__module__.startswith("fastai.callback.")]
+    counts_on_it = any(b.__module__ != "fastai.callback.core" for b in of_fastai)
+    if (counts_on_it or self.metrics) and not hasattr(self, "recorder") and not isinstance(cb, Recorder):
+        self.add_cb(Recorder())
+    return super(TaskLearner, self).add_cb(cb)
 
+
+@patch
+def refuse_callbacks(self: TaskLearner) -> None:
+    "Refuse what would not do what it says."
+    trained = sorted({t + 1 for t in self.task_switch.schedule[self.epochs_done : self.n_epoch]})
+    for cb in self.cbs:
+        if isinstance(cb, MixedPrecision) and self.dls.device.type != "cuda":
+            raise BadInput("MixedPrecision does nothing on a CPU. Leave it out, or train on a GPU.")
+        if isinstance(cb, ReduceLROnPlateau):
+            raise BadInput("ReduceLROnPlateau would be overruled: every epoch's learning rate is that of the decay.")
+        if isinstance(cb, SaveModelCallback) and not (cb.every_epoch or cb.at_end) and len(trained) > 1:
+            raise BadInput(
+                f"SaveModelCallback ends with the network of its best epoch, and this `fit` trains the tasks {trained}: the later"
+                " ones would be lost. Train one task at a time, as in `fit(epochs)`, or save `at_end`."
+            )
+
+
+@patch
+def create_opt(self: TaskLearner) -> None:
+    "Forget the state of every optimizer."
+    self.optimizers = {}
+    self.task_switch.turn_to(self.task)
+
+
+@patch
+def load(self: TaskLearner, file: str | Path, **kwargs) -> TaskLearner:
+    "fastai's `load`. Where the network has to grow or shrink for it, a new optimizer holds what it has then."
+    there = list(self.model.parameters())
+    try:
+        Learner.load(self, file, **kwargs)
+    except (RuntimeError, KeyError) as e:
+        raise BadInput(f"'{file}' does not hold a network with the tasks that this one has: {e}") from e
+    if [id(p) for p in there] != [id(p) for p in self.model.parameters()]:
+        self.create_opt()
+    return self
+
+# %% ../nbs/21_learner.ipynb #3815304e
+@patch
+@contextmanager
+def without(self: TaskLearner, *kinds: type[Callback]):
+    "Set the callbacks of some kinds aside."
+    cbs, self.cbs = self.cbs, self.cbs.filter(lambda cb: not isinstance(cb, kinds))
+    try:
+        yield
+    finally:
+        self.cbs = cbs + self.cbs.filter(lambda cb: cb not in cbs)
+
+
+@patch
+def validation_context(self: TaskLearner, cbs=None, inner: bool = False):
+    "fastai's, without the callbacks that take part in `fit` alone."
+    return ContextManagers([self.without(FitCallback), *Learner.validation_context(self, cbs, inner).default])
+
+
+@patch
+def validate(self: TaskLearner, ds_idx: int = 1, dl=None, cbs=None) -> L:
+    "Loss and metrics on the validation images of the task in hand, or on the batches `dl`."
+    with self.added_cbs([] if hasattr(self, "recorder") else [Recorder()]):
+        return Learner.validate(self, ds_idx, dl, cbs)
+
+
+@patch
+def lr_find(self: TaskLearner, *args, **kwargs):
+    "fastai's range test on the task in hand. Network, optimizer, history and place in the schedule stay as they are."
+    of_fit = {type(cb) for cb in self.cbs if isinstance(cb, FitCallback)} - {SeedEpochs}
+    with self.without(*of_fit, *(type(cb) for cb in self.model.callbacks())):
+        if not hasattr(self, "recorder"):
+            self.add_cb(Recorder())
+        return Learner.lr_find(self, *args, **kwargs)
+
+
+@patch
+def fit_one_cycle(
+    self: TaskLearner, n_epoch: int | None = None, lr_max=None, div=25.0, div_final=1e5, pct_start=0.25, wd=None, moms=None, cbs=None, **kwargs
+):
+    "fastai's 1cycle policy in place of the decay; of RMSProp, which has no momentum, it moves the learning rate alone."
+    if "mom" in self.opt.hypers[-1]:
+        return Learner.fit_one_cycle(self, n_epoch, lr_max, div, div_final, pct_start, wd, moms, cbs, **kwargs)
+    if moms is not None:
+        raise BadInput("The optimizer has no momentum: leave `moms` out.")
+    top = self.lr if lr_max is None else lr_max
+    cycle = ParamScheduler(dict(lr=combined_cos(pct_start, top / div, top, top / div_final)))
+    self.fit(n_epoch, wd=wd, cbs=[cycle, *L(cbs)], **kwargs)
+
+# %% ../nbs/21_learner.ipynb #33acf018
 def task_learner(
     network: LifelongNetwork,
     tasks: Sequence[Task],
@@ -446,6 +628,7 @@ def task_learner(
     cbs: Sequence[Callback] = (),  # more callbacks
     together: bool = False,  # are all tasks there from the start?
     score_every: int = 1,  # epochs between two scores of the task in hand, where tasks come one by one
+    **learner,  # more settings of fastai's Learner: loss_func, opt_func, metrics, path, ...
 ) -> TaskLearner:  # `learn.evaluate.history` is the table of scores after `train(learn)`
     "A fastai Learner that learns `tasks` as the schedule says."
     if len(tasks) > network.max_tasks:
@@ -478,23 +661,17 @@ def task_learner(
     dls = DataLoaders(
         TaskBatches(tasks, "train", batch_size), TaskBatches(tasks, "valid", batch_size), device=device
     )
-    return TaskLearner(
-        dls,
-        network.to(device),
-        sum_cross_entropy,
-        opt_func=partial(OptimWrapper, opt=RMSProp),
-        lr=lr,
-        default_cbs=False,
-        cbs=[
-            TrainEvalCallback(),
-            SeedEpochs(seed),
-            TaskSwitch(schedule, together),
-            InverseTimeDecay(lr, decay),
-            Evaluate(tasks, eval_every, together, score_every),
-            *network.callbacks(),
-            *cbs,
-        ],
-    )
+    paper = dict(loss_func=sum_cross_entropy, opt_func=partial(OptimWrapper, opt=RMSProp), default_cbs=False)
+    callbacks = [
+        TrainEval(),
+        SeedEpochs(seed),
+        TaskSwitch(schedule, together),
+        InverseTimeDecay(decay),
+        Evaluate(tasks, eval_every, together, score_every),
+        *network.callbacks(),
+        *cbs,
+    ]
+    return TaskLearner(dls, network.to(device), lr=lr, cbs=callbacks, **{**paper, **learner})
 
 
 def lifelong_learner(
@@ -509,9 +686,9 @@ def lifelong_learner(
 
 
 def train(learn: TaskLearner) -> pd.DataFrame:  # the history
-    "Run the whole schedule; torch's global generators are left as they were."
+    "Run the schedule to its end; torch's global generators are left as they were."
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        learn.fit(len(learn.task_switch.schedule))
+        learn.fit()
     return learn.evaluate.history
 
 # %% ../nbs/21_learner.ipynb #2eb5a9da

@@ -36,7 +36,8 @@ from .datasets import DATASETS, task_sequence
 # %% auto #0
 __all__ = ['TRAINING', 'PACKAGE', 'SAME', 'Training', 'RunConfig', 'Record', 'write_history', 'load_record', 'load_records',
            'code_checksum', 'git_revision', 'made_with', 'made_by', 'differences', 'alone_in', 'set_aside', 'agreeing',
-           'KeepHistory', 'using_threads', 'settings', 'Attempt', 'run_together', 'run', 'load_network']
+           'KeepHistory', 'using_threads', 'settings', 'Attempt', 'train_to_the_end', 'run_together', 'run',
+           'load_network']
 
 # %% ../nbs/31_runs.ipynb #4179c9f7
 @dataclass(frozen=True)
@@ -393,6 +394,19 @@ class Attempt:
         (self.folder / "error.txt").unlink(missing_ok=True)
 
 
+def train_to_the_end(learners: Sequence[TaskLearner]) -> list[pd.DataFrame]:  # the histories
+    "Train Learners as one; a `fit` that a callback has cancelled is an error here, since its record is not complete."
+    histories = train_together(learners)
+    for l in learners:
+        epochs = len(l.task_switch.schedule)
+        if l.epochs_done < epochs:
+            raise RuntimeError(
+                f"A callback has ended the run after {l.epochs_done} of its {epochs} epochs. Its record stays"
+                " incomplete; the same command goes on from its last checkpoint."
+            )
+    return histories
+
+
 def run_together(
     configs: Sequence[RunConfig],  # trials of one method
     images: Images,  # of the configurations' data set
@@ -416,10 +430,10 @@ def run_together(
         ]
         left = [a for a in attempts if not a.complete]
         starting = [a for a in left if a.first]
-        for a, history in zip(starting, train_together([a.pretraining() for a in starting])):
+        for a, history in zip(starting, train_to_the_end([a.pretraining() for a in starting])):
             a.before = seconds(history).training
             a.network.start_from(a.first)
-        for a, history in zip(left, train_together([a.training() for a in left])):
+        for a, history in zip(left, train_to_the_end([a.training() for a in left])):
             a.finish(history)
         return [load_record(folder) for folder in folders]
 
