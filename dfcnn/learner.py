@@ -45,12 +45,12 @@ __all__ = ['HISTORY', 'SPLITS', 'sum_cross_entropy', 'TaskBatches', 'placed', 'o
 def sum_cross_entropy(
     logits: torch.Tensor,  # (n, classes)
     y: torch.Tensor,  # labels (n,)
-    reduction: str = "sum",  # "none": a value for each image, which fastai asks for in `get_preds(with_loss=True)`
 ) -> torch.Tensor:
     "Softmax cross-entropy, summed over the batch."
-    return F.cross_entropy(logits, y, reduction=reduction)
+    return F.cross_entropy(logits, y, reduction=sum_cross_entropy.reduction)
 
 
+sum_cross_entropy.reduction = "sum"  # "none" for the time of fastai's `get_preds(with_loss=True)`
 sum_cross_entropy.activation = partial(F.softmax, dim=-1)  # what `get_preds` makes of logits
 sum_cross_entropy.decodes = partial(torch.argmax, dim=-1)  # and, `with_decoded`, of probabilities
 
@@ -193,7 +193,8 @@ class TaskSwitch(FitCallback):
             self.learn.optimizers[task] = self.learn.opt_func(trained, lr=self.learn.lr)
         self.learn.opt, self.learn.task = self.learn.optimizers[task], task
         if before:  # the state is a task's own, the settings are the run's
-            self.learn.opt.set_hypers(**{k: v for k, v in before.hypers[-1].items() if v is not None})
+            settings = {k: v for k, v in before.hypers[-1].items() if v is not None}
+            self.learn.opt.set_hypers(**{k: v.item() if hasattr(v, "item") else v for k, v in settings.items()})
         self.dls.train.task = self.dls.valid.task = task
 
     def new_phase(self, change: Callable[[], None]):
@@ -410,6 +411,7 @@ class Evaluate(FitCallback):
                 self.latest.pop((task, split), None)
 
     def before_epoch(self):
+        self.seen = 0  # of this epoch's images, whoever cancels what
         first = self.epoch == 0 if self.together else self.task_epoch == 0
         if first:
             everything = range(len(self.eval_tasks)) if self.together else [self.learn.task]
