@@ -6,14 +6,22 @@ import pytest
 import torch
 
 from dfcnn.core import BadInput
-from dfcnn.expandable import DEN, Growth
-from dfcnn.learner import Audit, Callback, lifelong_learner, multitask_schedule, score, task_learner, train
-from dfcnn.metrics import forgetting_ratio
-from dfcnn.networks import ARCHITECTURES
-from dfcnn.registry import METHODS, build_network
-from dfcnn.stacking import train_together
-from dfcnn.studies import multitask_study
-from dfcnn.tasks import Split, Task
+from dfcnn.data.tasks import Split, Task
+from dfcnn.methods.base import ARCHITECTURES
+from dfcnn.methods.expandable import DEN, Growth
+from dfcnn.methods.registry import METHODS, build_network
+from dfcnn.training.learner import (
+    Audit,
+    Callback,
+    lifelong_learner,
+    multitask_schedule,
+    score,
+    task_learner,
+    train,
+)
+from dfcnn.training.stacking import train_together
+from dfcnn.experiments.metrics import forgetting_ratio
+from dfcnn.experiments.studies import multitask_study
 
 HYPER = dict(epochs=2, lr=1e-3, decay=2.5e-4, batch_size=10)
 

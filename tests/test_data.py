@@ -13,11 +13,11 @@ import torch
 from conftest import picture
 from PIL import Image
 
-from dfcnn import images as images_module
 from dfcnn.core import BadInput
-from dfcnn.images import CIFAR100_CLASSES, OFFICEHOME_CLASSES, load_images
-from dfcnn.datasets import task_sequence
-from dfcnn.tasks import officehome_groups
+from dfcnn.data import images as images_module
+from dfcnn.data.datasets import task_sequence
+from dfcnn.data.images import CIFAR100_CLASSES, OFFICEHOME_CLASSES, load_images
+from dfcnn.data.tasks import officehome_groups
 
 
 @pytest.fixture(autouse=True)
@@ -249,9 +249,9 @@ def test_real_cifar100(shared):
 
 def test_real_cifar100_is_learned(shared):
     "A few epochs on real images are enough to leave chance behind."
-    from dfcnn.learner import lifelong_learner, train
-    from dfcnn.registry import build_network
-    from dfcnn.metrics import peak_accuracy
+    from dfcnn.training.learner import lifelong_learner, train
+    from dfcnn.methods.registry import build_network
+    from dfcnn.experiments.metrics import peak_accuracy
 
     tasks = task_sequence("cifar100", data_dir=shared / "data", n_tasks=1)
     learn = lifelong_learner(
@@ -309,7 +309,7 @@ def test_one_vs_all_tasks_share_images(shared):
 
 @pytest.mark.parametrize("distribution, reason", [("heterogeneous", "are wanted"), ("homogeneous", "too few for")])
 def test_a_fraction_that_needs_more_images_than_there_are(shared, tmp_path, distribution, reason):
-    from dfcnn.studies import multitask_study
+    from dfcnn.experiments.studies import multitask_study
 
     with pytest.raises(BadInput, match=f"{reason}.* [Cc]hoose a smaller fraction"):
         multitask_study("cifar10", distribution, "4% 70%", data_dir=shared / "data", output_dir=tmp_path)

@@ -25,9 +25,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from dfcnn import images as images_module
 from dfcnn.core import BadInput, check_number, check_path
-from dfcnn.images import (
+from dfcnn.data import images as images_module
+from dfcnn.data.images import (
     LAYOUTS,
     Layout,
     load_images,
@@ -508,7 +508,7 @@ def test_a_data_dir_that_is_none(tiny, data_dir):
     ids=["epochs", "trials", "workers", "threads", "400 digits", "nan"],
 )
 def test_sizes_that_only_a_typo_explains(tmp_path, name, value, said):
-    from dfcnn.studies import lifelong_study
+    from dfcnn.experiments.studies import lifelong_study
 
     with pytest.raises(BadInput) as e:
         lifelong_study(methods="HPS", output_dir=str(tmp_path), **{name: value})
@@ -529,7 +529,7 @@ def test_sizes_that_only_a_typo_explains(tmp_path, name, value, said):
     ],
 )
 def test_text_that_names_nothing(tmp_path, monkeypatch, study, name, value, said):
-    from dfcnn.studies import lifelong_study, multitask_study
+    from dfcnn.experiments.studies import lifelong_study, multitask_study
 
     monkeypatch.chdir(tmp_path)
     with pytest.raises(BadInput) as e:

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from dfcnn.core import pick_device
-from dfcnn.learner import Callback, lifelong_learner, train
-from dfcnn.registry import build_network
-from dfcnn.stacking import FastEpochs, StackedTrainer, train_together
-from dfcnn.studies import lifelong_study
-from dfcnn.tasks import Split, Task
+from dfcnn.data.tasks import Split, Task
+from dfcnn.methods.registry import build_network
+from dfcnn.training.learner import Callback, lifelong_learner, train
+from dfcnn.training.stacking import FastEpochs, StackedTrainer, train_together
+from dfcnn.experiments.studies import lifelong_study
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA GPU here")
 METHODS = ["STL", "HPS", "ProgNN", "TF", "DF-CNN", "DF-CNN.direct", "DF-CNN.tc2"]

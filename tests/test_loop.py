@@ -9,15 +9,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dfcnn.checkpoint import Checkpoint
 from dfcnn.core import BadInput
-from dfcnn.dfcnn import DFCNN, Sizes
-from dfcnn.learner import Callback, TaskLearner, lifelong_learner, train
-from dfcnn.networks import Architecture, Dropout
-from dfcnn.optimizer import RMSProp
-from dfcnn.sharing import HPS
-from dfcnn.stacking import FastEpochs, StackedTrainer, by_batch, say_once, train_together
-from dfcnn.tasks import Split, Task
+from dfcnn.data.tasks import Split, Task
+from dfcnn.methods.base import Architecture, Dropout
+from dfcnn.methods.deconvolutional import DFCNN, Sizes
+from dfcnn.methods.sharing import HPS
+from dfcnn.training.checkpoint import Checkpoint
+from dfcnn.training.learner import Callback, TaskLearner, lifelong_learner, train
+from dfcnn.training.optimizer import RMSProp
+from dfcnn.training.stacking import FastEpochs, StackedTrainer, by_batch, say_once, train_together
 from fastai.callback.core import (
     CancelBatchException,
     CancelEpochException,
@@ -477,8 +477,8 @@ def test_validate_and_predict():
 
 
 def test_a_run_obeys_its_callbacks(tmp_path):
-    from dfcnn.datasets import DATASETS
-    from dfcnn.runs import RunConfig, run
+    from dfcnn.data.datasets import DATASETS
+    from dfcnn.experiments.runs import RunConfig, run
 
     how = dict(epochs=1, tasks=1, batch_size=10, lr=1e-4, decay=2.5e-4, eval_every=1)
     config, images = RunConfig(dataset="shapes", method="HPS", **how), DATASETS["shapes"].images(None)

@@ -14,8 +14,8 @@ import nbformat
 import pandas as pd
 import pytest
 
-from dfcnn.registry import METHODS
-from dfcnn.verdicts import claims, scorecard, target_table
+from dfcnn.methods.registry import METHODS
+from dfcnn.experiments.verdicts import claims, scorecard, target_table
 
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
@@ -270,5 +270,5 @@ def test_generated_files_are_up_to_date(regenerated, what):
 
 def test_exported_modules_need_no_tools_of_the_workshop():
     "No module imports nbdev, papermill or Jupyter, so that the package runs where only torch, fastai and their like are installed."
-    code = "import sys, dfcnn.figures; print(*{m.partition('.')[0] for m in sys.modules} & {'nbdev', 'papermill', 'nbclient', 'execnb'})"
+    code = "import sys, dfcnn.experiments.figures; print(*{m.partition('.')[0] for m in sys.modules} & {'nbdev', 'papermill', 'nbclient', 'execnb'})"
     assert call("python", "-W", "ignore", "-c", code).stdout.split() == []

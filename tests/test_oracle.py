@@ -13,12 +13,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dfcnn.dfcnn import DFCNN
-from dfcnn.learner import sum_cross_entropy
-from dfcnn.networks import ARCHITECTURES, conv_block
-from dfcnn.optimizer import RMSProp, inverse_time_decay
-from dfcnn.progressive import ProgNN
-from dfcnn.sharing import HPS, STL
+from dfcnn.methods.base import ARCHITECTURES, conv_block
+from dfcnn.methods.deconvolutional import DFCNN
+from dfcnn.methods.progressive import ProgNN
+from dfcnn.methods.sharing import HPS, STL
+from dfcnn.training.learner import sum_cross_entropy
+from dfcnn.training.optimizer import RMSProp, inverse_time_decay
 
 ARCH = ARCHITECTURES["cifar100"]
 LR, DECAY = 1e-4, 2.5e-4

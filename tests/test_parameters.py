@@ -7,9 +7,9 @@ import csv
 import pytest
 import torch
 
-from dfcnn.figures import parameter_table, targets
-from dfcnn.networks import count_parameters
-from dfcnn.registry import build_network
+from dfcnn.methods.base import count_parameters
+from dfcnn.methods.registry import build_network
+from dfcnn.experiments.figures import parameter_table, targets
 
 KNOWN = {  # (architecture, tasks) -> totals by the sizes of the authors' code
     ("cifar100", 10): {

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from dfcnn.checkpoint import save_tensors
 from dfcnn.core import BadInput
-from dfcnn.datasets import DATASETS
-from dfcnn.registry import build_network
-from dfcnn.runs import alone_in, load_network, load_record, run
+from dfcnn.data.datasets import DATASETS
+from dfcnn.methods.registry import build_network
+from dfcnn.training.checkpoint import save_tensors
+from dfcnn.experiments.runs import alone_in, load_network, load_record, run
 
 ROOT = Path(__file__).resolve().parent.parent
 RECORDS = sorted(f.parent.relative_to(ROOT) for f in (ROOT / "reports").rglob("summary.json"))
@@ -31,7 +31,7 @@ def fresh(code: str, *args) -> str:
 
 def test_committed_records_can_be_read():
     assert any("mnist" in str(r) for r in RECORDS)
-    code = "import sys; from dfcnn.runs import load_record; [print(repr(load_record(f).config.short)) for f in sys.argv[1:]]"
+    code = "import sys; from dfcnn.experiments.runs import load_record; [print(repr(load_record(f).config.short)) for f in sys.argv[1:]]"
     said = fresh(code, *RECORDS).splitlines()
     assert len(said) == len(RECORDS) and any("of 2000 epochs" in s for s in said)
 
@@ -44,7 +44,7 @@ def test_a_network_of_a_multi_task_record_is_loaded(method, tmp_path):
     config = load_record(ROOT / record).config
     network = build_network(method, DATASETS[config.dataset].architecture, n_tasks=config.tasks)
     save_tensors(network.state_dict(), tmp_path / "record/network.safetensors")
-    code = "import sys; from dfcnn.runs import load_network; print(len(load_network(sys.argv[1]).tasks))"
+    code = "import sys; from dfcnn.experiments.runs import load_network; print(len(load_network(sys.argv[1]).tasks))"
     assert fresh(code, tmp_path / "record") == str(config.tasks) == "5"
 
 

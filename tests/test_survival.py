@@ -19,12 +19,12 @@ import torch
 from dask.distributed import Client, LocalCluster
 from filelock import FileLock
 
-from dfcnn.checkpoint import load_tensors
 from dfcnn.core import BadInput
-from dfcnn.images import Images
-from dfcnn.runs import RunConfig, load_record, run
-from dfcnn.studies import lifelong_study
-from dfcnn.datasets import DATASETS
+from dfcnn.data.datasets import DATASETS
+from dfcnn.data.images import Images
+from dfcnn.training.checkpoint import load_tensors
+from dfcnn.experiments.runs import RunConfig, load_record, run
+from dfcnn.experiments.studies import lifelong_study
 
 PAPER = dict(batch_size=10, lr=1e-3, decay=2.5e-4, eval_every=2)
 LIFELONG = RunConfig("shapes", "DF-CNN", epochs=3, tasks=2, **PAPER)
@@ -79,7 +79,7 @@ def undisturbed(tmp_path_factory):
 def processes():
     "A way to start processes that have imported the package already."
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["dfcnn.studies"])
+    context.set_forkserver_preload(["dfcnn.experiments.studies"])
     return context
 
 
@@ -106,7 +106,7 @@ def test_a_run_that_is_killed_goes_on(moment, tmp_path, undisturbed, processes):
 
 def test_workers_stop_when_the_study_is_killed(tmp_path):
     study = f"""
-from dfcnn.studies import lifelong_study
+from dfcnn.experiments.studies import lifelong_study
 lifelong_study(methods="STL HPS", tasks=2, epochs=200, output_dir={str(tmp_path)!r}, workers=2).run()
 """
     process = subprocess.Popen([sys.executable, "-W", "ignore", "-c", study], stdout=subprocess.DEVNULL)
