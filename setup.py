@@ -2,7 +2,7 @@
 from configparser import ConfigParser
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 here = Path(__file__).parent
 config = ConfigParser(delimiters=["="])
@@ -23,12 +23,13 @@ setup(
         f"Intended Audience :: {cfg['audience']}",
         *(f"Programming Language :: Python :: {version}" for version in cfg["pythons"].split()),
     ],
-    packages=["dfcnn"],
+    packages=find_packages(include=["dfcnn", "dfcnn.*"]),
     package_data={"dfcnn": ["targets.csv"]},
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg["requirements"].split(),
     extras_require={
         "dev": cfg["dev_requirements"].split(),
         "dask": cfg["dask_requirements"].split(),
+        "docs": cfg["docs_requirements"].split(),
     },
 )

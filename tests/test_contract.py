@@ -289,6 +289,23 @@ def test_a_task_that_comes_again_finds_its_optimizer_state():
     assert learn.look.seen == ((1, 0), (0, 0), (0, n), (2, 0), (1, n))
 
 
+def test_tasks_may_differ_in_their_number_of_classes(method):
+    tasks = small_tasks()
+    for task, classes in zip(tasks, (10, 3, 6)):
+        task.classes = task.classes[:classes]
+        for split in (task.train, task.valid, task.test):
+            split.y.remainder_(classes)
+    learn = learner(method, [Audit()], tasks=tasks)
+    train(learn)
+    net, x = learn.model.eval(), tasks[0].test.x[:4]
+    assert [net(x, t).shape[1] for t in range(3)] == [10, 3, 6] == net.outputs
+    other = build_network(method, "cifar100", seed=9, length=3)
+    other.load_state_dict(net.state_dict())
+    assert all(torch.equal(other.eval()(x, t), net(x, t)) for t in range(3))
+    with pytest.raises(BadInput, match="Task 2 of this .* has 3 classes, not 10"):
+        lifelong_learner(net, small_tasks(), **HYPER)
+
+
 def test_all_methods_of_a_trial_see_the_same_draws(tmp_path):
     config = multitask_study(methods="STL HPS", trials=2, epochs=50, output_dir=str(tmp_path)).configs
     draws = {(c.method, c.trial): tuple(c.task_of_epoch) for c in config}

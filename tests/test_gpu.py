@@ -108,6 +108,6 @@ def test_nothing_waits_for_the_device_within_an_epoch(trials, monkeypatch):
 
 def test_a_study_stacks_its_trials_by_itself(tmp_path):
     study = lifelong_study(methods="STL DEN", epochs=2, tasks=2, trials=2, output_dir=str(tmp_path))
-    assert study.stack and study.workers == 1
+    assert study.engine.stack and study.engine.workers == 1
     records = study.run()
     assert all(r.made_with["device"] == torch.cuda.get_device_name() for r in records)

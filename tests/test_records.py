@@ -15,7 +15,8 @@ from dfcnn.core import BadInput
 from dfcnn.data.datasets import DATASETS
 from dfcnn.methods.registry import build_network
 from dfcnn.training.checkpoint import save_tensors
-from dfcnn.experiments.runs import alone_in, load_network, load_record, run
+from dfcnn.experiments.records import load_network, load_record
+from dfcnn.experiments.runs import alone_in, run
 
 ROOT = Path(__file__).resolve().parent.parent
 RECORDS = sorted(f.parent.relative_to(ROOT) for f in (ROOT / "reports").rglob("summary.json"))

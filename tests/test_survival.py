@@ -23,7 +23,9 @@ from dfcnn.core import BadInput
 from dfcnn.data.datasets import DATASETS
 from dfcnn.data.images import Images
 from dfcnn.training.checkpoint import load_tensors
-from dfcnn.experiments.runs import RunConfig, load_record, run
+from dfcnn.experiments.configuration import RunConfig
+from dfcnn.experiments.records import load_record
+from dfcnn.experiments.runs import run
 from dfcnn.experiments.studies import lifelong_study
 
 PAPER = dict(batch_size=10, lr=1e-3, decay=2.5e-4, eval_every=2)

@@ -1,0 +1,1 @@
+"Images, and the tasks that are made of them."

@@ -1,0 +1,1 @@
+"Studies: runs and their records, metrics, figures, verdicts."

@@ -1,0 +1,1 @@
+"How a sequence of tasks is learned: batches, optimizer, evaluation, checkpoints."
