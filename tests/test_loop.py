@@ -478,7 +478,8 @@ def test_validate_and_predict():
 
 def test_a_run_obeys_its_callbacks(tmp_path):
     from dfcnn.data.datasets import DATASETS
-    from dfcnn.experiments.runs import RunConfig, run
+    from dfcnn.experiments.configuration import RunConfig
+    from dfcnn.experiments.runs import run
 
     how = dict(epochs=1, tasks=1, batch_size=10, lr=1e-4, decay=2.5e-4, eval_every=1)
     config, images = RunConfig(dataset="shapes", method="HPS", **how), DATASETS["shapes"].images(None)

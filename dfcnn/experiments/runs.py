@@ -22,8 +22,8 @@ from ..data.images import Images
 from ..methods.base import LifelongNetwork, count_parameters
 from ..methods.registry import build_network
 from ..training.checkpoint import Checkpoint, save_tensors
-from ..training.learner import Callback, TaskLearner, gradient_scale, task_learner
-from ..training.optimizer import RMSProp
+from ..training.learner import Callback, TaskLearner, task_learner
+from ..training.optimizer import RMSProp, gradient_scale
 from ..training.stacking import train_together
 from .configuration import RunConfig
 from .metrics import seconds, summarize, summarize_together
@@ -167,7 +167,7 @@ def run_together(
     threads: int = 1,  # of torch on a CPU; the last digits depend on it
     checkpoint_every: float = 120.0,  # seconds
 ) -> list[Record]:
-    "Train and evaluate the trials of a method as one (see `23_stacking`), and leave a record of each, as `run` does."
+    "Train and evaluate the trials of a method as one (see `27_stacking`), and leave a record of each, as `run` does."
     for c in configs:
         c.check_listed()
     folders = [Path(output_dir) / c.name for c in configs]
