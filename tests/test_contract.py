@@ -10,15 +10,10 @@ from dfcnn.data.tasks import Split, Task
 from dfcnn.methods.base import ARCHITECTURES
 from dfcnn.methods.expandable import DEN, Growth
 from dfcnn.methods.registry import METHODS, build_network
-from dfcnn.training.learner import (
-    Audit,
-    Callback,
-    lifelong_learner,
-    multitask_schedule,
-    score,
-    task_learner,
-    train,
-)
+from dfcnn.training.audit import Audit
+from dfcnn.training.evaluation import score
+from dfcnn.training.learner import Callback, lifelong_learner, task_learner, train
+from dfcnn.training.schedule import multitask_schedule
 from dfcnn.training.stacking import train_together
 from dfcnn.experiments.metrics import forgetting_ratio
 from dfcnn.experiments.studies import multitask_study

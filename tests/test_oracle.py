@@ -17,8 +17,7 @@ from dfcnn.methods.base import ARCHITECTURES, conv_block
 from dfcnn.methods.deconvolutional import DFCNN
 from dfcnn.methods.progressive import ProgNN
 from dfcnn.methods.sharing import HPS, STL
-from dfcnn.training.learner import sum_cross_entropy
-from dfcnn.training.optimizer import RMSProp, inverse_time_decay
+from dfcnn.training.optimizer import RMSProp, inverse_time_decay, sum_cross_entropy
 
 ARCH = ARCHITECTURES["cifar100"]
 LR, DECAY = 1e-4, 2.5e-4

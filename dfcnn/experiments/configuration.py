@@ -13,7 +13,7 @@ from typing import Any
 from ..core import BadInput, brief, stream_seed
 from ..data.datasets import DATASETS
 from ..methods.registry import METHODS
-from ..training.learner import lifelong_schedule, multitask_schedule
+from ..training.schedule import lifelong_schedule, multitask_schedule
 
 # %% auto #0
 __all__ = ['TRAINING', 'LATER', 'Training', 'RunConfig']

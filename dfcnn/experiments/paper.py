@@ -20,8 +20,7 @@ from ..data.binary import COUNTS, MultiTask
 from ..data.datasets import DATASETS
 from ..data.images import Images
 from ..methods.registry import METHODS, build_network, build_shapes, title_of
-from ..training.learner import sum_cross_entropy
-from ..training.optimizer import RMSProp
+from ..training.optimizer import RMSProp, sum_cross_entropy
 from .configuration import TRAINING, RunConfig
 from .engine import step_flops
 from .records import Record, load_records

@@ -30,7 +30,8 @@ from ..data.tasks import Split, Task
 from ..methods.base import LifelongNetwork
 from ..methods.registry import METHODS, Method, build_network
 from ..training.checkpoint import load_tensors
-from ..training.learner import HISTORY, task_learner, train
+from ..training.evaluation import HISTORY
+from ..training.learner import task_learner, train
 from .configuration import RunConfig
 from .metrics import summarize, summarize_together
 

@@ -22,8 +22,8 @@ from ..data.images import Images
 from ..methods.base import LifelongNetwork, count_parameters
 from ..methods.registry import build_network
 from ..training.checkpoint import Checkpoint, save_tensors
-from ..training.learner import Callback, TaskLearner, gradient_scale, task_learner
-from ..training.optimizer import RMSProp
+from ..training.learner import Callback, TaskLearner, task_learner
+from ..training.optimizer import RMSProp, gradient_scale
 from ..training.stacking import train_together
 from .configuration import RunConfig
 from .metrics import seconds, summarize, summarize_together
@@ -39,7 +39,7 @@ from dfcnn.experiments.records import (
 )
 
 # %% auto #0
-__all__ = ['RunCheckpoint', 'using_threads', 'settings', 'PendingRun', 'run_together', 'run']
+__all__ = ['RunCheckpoint', 'using_threads', 'settings', 'PendingRun', 'train_to_the_end', 'run_together', 'run']
 
 # %% ../../nbs/33_runs.ipynb #ce5c2e02
 class RunCheckpoint(Checkpoint):
@@ -145,6 +145,19 @@ def finish(self: PendingRun, history: pd.DataFrame) -> None:
     (self.folder / "error.txt").unlink(missing_ok=True)
 
 # %% ../../nbs/33_runs.ipynb #c164b156
+def train_to_the_end(learners: Sequence[TaskLearner]) -> list[pd.DataFrame]:  # the histories
+    "Train Learners as one; a `fit` that a callback has cancelled is an error here, since its record is not complete."
+    histories = train_together(learners)
+    for l in learners:
+        epochs = len(l.task_switch.schedule)
+        if l.epochs_done < epochs:
+            raise RuntimeError(
+                f"A callback has ended the run after {l.epochs_done} of its {epochs} epochs. Its record stays"
+                " incomplete; the same command goes on from its last checkpoint."
+            )
+    return histories
+
+
 def run_together(
     configs: Sequence[RunConfig],  # trials of one method
     images: Images,  # of the configurations' data set
@@ -154,7 +167,7 @@ def run_together(
     threads: int = 1,  # of torch on a CPU; the last digits depend on it
     checkpoint_every: float = 120.0,  # seconds
 ) -> list[Record]:
-    "Train and evaluate the trials of a method as one (see `23_stacking`), and leave a record of each, as `run` does."
+    "Train and evaluate the trials of a method as one (see `27_stacking`), and leave a record of each, as `run` does."
     for c in configs:
         c.check_listed()
     folders = [Path(output_dir) / c.name for c in configs]
@@ -168,10 +181,10 @@ def run_together(
         ]
         left = [p for p in pending if not p.complete]
         starting = [p for p in left if p.first]
-        for p, history in zip(starting, train_together([p.pretraining() for p in starting])):
+        for p, history in zip(starting, train_to_the_end([p.pretraining() for p in starting])):
             p.before = seconds(history).training
             p.network.start_from(p.first)
-        for p, history in zip(left, train_together([p.training() for p in left])):
+        for p, history in zip(left, train_to_the_end([p.training() for p in left])):
             p.finish(history)
         return [load_record(folder) for folder in folders]
 

@@ -1,0 +1,492 @@
+"Whatever a Learner is set to is obeyed or refused, whether it trains by batch, by epoch or stacked; and what a fastai user does with it works."
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from functools import cache, partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from dfcnn.core import BadInput
+from dfcnn.data.tasks import Split, Task
+from dfcnn.methods.base import Architecture, Dropout
+from dfcnn.methods.deconvolutional import DFCNN, Sizes
+from dfcnn.methods.sharing import HPS
+from dfcnn.training.checkpoint import Checkpoint
+from dfcnn.training.learner import Callback, TaskLearner, lifelong_learner, train
+from dfcnn.training.optimizer import RMSProp
+from dfcnn.training.stacking import FastEpochs, StackedTrainer, by_batch, say_once, train_together
+from fastai.callback.core import (
+    CancelBatchException,
+    CancelEpochException,
+    CancelFitException,
+    CancelStepException,
+    CancelTrainException,
+)
+from fastai.callback.fp16 import MixedPrecision
+from fastai.callback.progress import CSVLogger, ProgressCallback
+from fastai.callback.schedule import ParamScheduler, SchedCos
+from fastai.callback.tracker import EarlyStoppingCallback, ReduceLROnPlateau, SaveModelCallback
+from fastai.callback.training import GradientClip
+from fastai.learner import Recorder
+from fastai.metrics import accuracy
+from fastai.optimizer import Adam, OptimWrapper
+
+ARCH = Architecture(
+    name="toy", input=(3, 8, 8), kernels=(3, 3), channels=(4, 4), pools=(0, 2), hidden=(8,), outputs=4
+)
+SIZES = Sizes(((2, 3), (2, 4)), (4, 6))
+
+
+@contextmanager
+def precision(dtype):
+    "Stacking rounds otherwise, so it is compared in double precision; fastai's `Recorder` knows single precision alone."
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.fixture
+def double_precision():
+    with precision(torch.float64):
+        yield
+
+
+def toy_tasks(trial: int, n_tasks: int) -> list[Task]:
+    g = torch.Generator().manual_seed(trial)
+    split = lambda n: Split(torch.randn(n, 3, 8, 8, generator=g), torch.arange(n) % 4)
+    return [Task(f"toy {t}", list("abcd"), split(21), split(9), split(20)) for t in range(n_tasks)]
+
+
+def learner(trial: int = 0, cbs=(), n_tasks: int = 2, epochs: int = 2, network=None, **kw) -> TaskLearner:
+    network = network or DFCNN(ARCH, seed=trial, sizes=SIZES)
+    hyper = dict(epochs=epochs, lr=1e-3, decay=1e-2, batch_size=5, seed=trial)
+    return lifelong_learner(network, toy_tasks(trial, n_tasks), **hyper, cbs=[c() for c in cbs], **kw)
+
+
+def weights(learn) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in learn.model.parameters()])
+
+
+def same(a, b) -> bool:
+    return a.shape == b.shape and torch.allclose(a, b, rtol=1e-8, atol=1e-10)
+
+
+# What a setting does to the numbers, on every path
+
+
+class Seldom(Callback):
+    "Cancel something in the second epoch, at an event that is given."
+
+    def __init__(self, event, error, batch=None):
+        self.error, self.batch = error, batch
+        setattr(self, event, self.cancel)
+
+    def cancel(self):
+        if self.epoch == 1 and self.batch in (None, getattr(self, "iter", None)):
+            raise self.error()
+
+
+class HalfTheRate(Callback):
+    def before_epoch(self):
+        self.opt.set_hypers(lr=self.opt.hypers[-1]["lr"] / 2)
+
+
+class Freeze(Callback):
+    def before_train(self):
+        self.model.head_of(self.learn.task).W[0].requires_grad_(False)
+
+
+class OtherState(Callback):
+    "Put other tensors in the place of weights and optimizer state, as loading a file does."
+
+    def before_epoch(self):
+        for p in self.model.trains(self.learn.task):
+            p.data = p.data * 0.9
+        self.opt.opt.state.clear()
+
+
+class OwnStep(TaskLearner):
+    def _step(self):
+        self.opt.set_hypers(lr=1e-4)
+        super()._step()
+
+
+class MoreDropout(HPS):
+    "With dropout before the first layer, too."
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.early = Dropout(0.3)
+
+    def forward(self, x, task):
+        return super().forward(self.early(x), task)
+
+
+def rmsprop(**kw):
+    return partial(OptimWrapper, opt=partial(RMSProp, **kw))
+
+
+def halve_decay(learn):
+    learn.opt.set_hypers(decay=0.5)
+
+
+def own_step(learn):
+    learn.__class__ = OwnStep
+
+
+def hook(learn):
+    learn.model.register_forward_hook(lambda network, given, result: result * 1.5)
+
+
+SETTINGS = {  # name: settings, callbacks, what is done to the Learner, whether steps stay fast
+    "loss": (dict(loss_func=F.cross_entropy), [], None, False),
+    "Adam": (dict(opt_func=Adam), [], None, False),
+    "Adam's settings": (dict(opt_func=partial(Adam, mom=0.5, sqr_mom=0.9, eps=1e-3, wd=0.1)), [], None, False),
+    "SGD": (dict(opt_func=partial(OptimWrapper, opt=partial(torch.optim.SGD, momentum=0.9))), [], None, False),
+    "decay of the mean square": (dict(opt_func=rmsprop(decay=0.5)), [], None, True),
+    "eps": (dict(opt_func=rmsprop(eps=0.1)), [], None, True),
+    "setting of the optimizer": ({}, [], halve_decay, True),
+    "rate in a callback": ({}, [HalfTheRate], None, True),
+    "frozen parameter": ({}, [Freeze], None, False),
+    "loaded state": ({}, [OtherState], None, True),
+    "GradientClip": ({}, [lambda: GradientClip(0.01)], None, False),
+    "ParamScheduler": ({}, [lambda: ParamScheduler(dict(lr=SchedCos(1e-2, 1e-4)))], None, False),
+    "own step": ({}, [], own_step, False),
+    "hook": ({}, [], hook, True),
+    "CancelFit": ({}, [lambda: Seldom("after_epoch", CancelFitException)], None, True),
+    "CancelFit at a start": ({}, [lambda: Seldom("before_epoch", CancelFitException)], None, True),
+    "CancelEpoch": ({}, [lambda: Seldom("before_epoch", CancelEpochException)], None, True),
+    "CancelEpoch before training": ({}, [lambda: Seldom("before_train", CancelEpochException)], None, True),
+    "CancelTrain": ({}, [lambda: Seldom("before_train", CancelTrainException)], None, True),
+    "CancelFit in a batch": ({}, [lambda: Seldom("after_batch", CancelFitException, 2)], None, False),
+    "CancelEpoch in a batch": ({}, [lambda: Seldom("after_batch", CancelEpochException, 2)], None, False),
+    "CancelTrain in a batch": ({}, [lambda: Seldom("after_batch", CancelTrainException, 2)], None, False),
+    "CancelBatch": ({}, [lambda: Seldom("before_batch", CancelBatchException, 2)], None, False),
+    "CancelStep": ({}, [lambda: Seldom("before_step", CancelStepException, 2)], None, False),
+}
+
+
+@cache
+def by_default(path: str, dtype: torch.dtype) -> torch.Tensor:
+    learn = learner()
+    PATHS[path](learn)
+    return weights(learn)
+
+
+def stacked(learn):
+    train_together([learn, learner(7), learner(8)])
+
+
+PATHS = dict(plain=train, fast=lambda learn: train_together([learn]), stacked=stacked)
+
+
+def trained(setting: str, path: str) -> tuple[TaskLearner, int]:
+    "A Learner with a setting, and the number of epochs that went fast."
+    settings, cbs, change, _ = SETTINGS[setting]
+    learn, fast, real = learner(cbs=cbs, **settings), [], StackedTrainer.epoch
+    if change:
+        change(learn)
+
+    def counted(trainer, start):
+        fast.extend(l for l in trainer.learners if l is learn)
+        real(trainer, start)
+
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(StackedTrainer, "epoch", counted)
+        PATHS[path](learn)
+    return learn, len(fast)
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_a_setting_is_obeyed_on_every_path(setting):
+    dtype = torch.float64 if SETTINGS[setting][3] else torch.float32
+    with precision(dtype):
+        compare_paths(setting, dtype)
+
+
+def compare_paths(setting, dtype):
+    plain, none = trained(setting, "plain")
+    assert none == 0 and not same(weights(plain), by_default("plain", dtype)), "the setting changes nothing"
+    history = plain.evaluate.history.drop(columns="seconds")
+    for path in ("fast", "stacked"):
+        learn, fast = trained(setting, path)
+        assert same(weights(learn), weights(plain)), path
+        assert (fast > 0) == SETTINGS[setting][3], path
+        assert learn.epochs_done == plain.epochs_done
+        other = learn.evaluate.history.drop(columns="seconds")
+        keys = ["epoch", "trained", "evaluated", "split", "accuracy"]
+        assert other[keys].equals(history[keys]) and same(*(torch.tensor(h.loss.to_numpy()) for h in (other, history)))
+
+
+def test_without_a_setting_all_paths_agree(double_precision):
+    results = [by_default(path, torch.float64) for path in PATHS]
+    assert all(same(results[0], r) for r in results)
+
+
+def test_dropout_elsewhere_goes_by_batch():
+    learners = [learner(network=MoreDropout(ARCH)) for _ in range(2)]
+    assert "dropout elsewhere" in by_batch(learners[0])
+    train(learners[0]), train_together(learners[1:])
+    assert torch.equal(*map(weights, learners))
+
+
+def test_the_reason_is_said_once(capsys):
+    say_once.cache_clear()
+    for _ in range(2):
+        train_together([learner(cbs=[lambda: GradientClip(1.0)])])
+    said = [line for line in capsys.readouterr().out.splitlines() if "batch by batch" in line]
+    assert said == ["DFCNN is trained batch by batch, since Recorder, GradientClip look at single batches."]
+
+
+REFUSED = {
+    "MixedPrecision": (lambda l: l.add_cb(MixedPrecision()), "MixedPrecision does nothing on a CPU"),
+    "ReduceLROnPlateau": (lambda l: l.add_cb(ReduceLROnPlateau()), "would be overruled"),
+    "SaveModelCallback": (lambda l: l.add_cb(SaveModelCallback()), r"trains the tasks \[1, 2\]: the later ones would be lost"),
+    "weight decay": (lambda l: setattr(l, "wd", 0.1), "no weight decay"),
+}
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_cannot_be_done_is_refused_before_training(what, path):
+    change, message = REFUSED[what]
+    learn = learner()
+    change(learn)
+    before = weights(learn)
+    with pytest.raises(BadInput, match=message):
+        PATHS[path](learn)
+    assert torch.equal(weights(learn), before) and learn.evaluate.history.empty
+
+
+# Learners that leave a stack, or come late
+
+
+class Stumble(Callback):
+    def __init__(self, epoch, error):
+        self.at, self.error = epoch, error
+
+    def before_train(self):
+        if self.epoch == self.at:
+            raise self.error("stumbled")
+
+
+def test_an_error_in_one_leaves_the_others_going(double_precision):
+    alone = [learner(t) for t in range(3)]
+    company = [learner(t, cbs=[lambda: Stumble(2, ValueError)] if t == 1 else []) for t in range(3)]
+    for l in alone:
+        train(l)
+    with pytest.raises(ValueError, match="stumbled"):
+        train_together(company)
+    assert [l.epochs_done for l in company] == [4, 2, 4]
+    assert all(same(weights(alone[t]), weights(company[t])) for t in (0, 2))
+    company[1].remove_cb(Stumble)
+    train_together(company)  # the one that is left goes on
+    assert same(weights(alone[1]), weights(company[1]))
+
+
+def test_an_error_in_the_steps_is_raised(monkeypatch):
+    def fails(trainer, start):
+        raise MemoryError("full")
+
+    monkeypatch.setattr(StackedTrainer, "epoch", fails)
+    with pytest.raises(MemoryError, match="full"):
+        train_together([learner(t) for t in range(2)])
+
+
+def test_an_interruption_ends_all_at_once():
+    company = [learner(t, cbs=[lambda: Stumble(2, KeyboardInterrupt)] if t == 1 else []) for t in range(3)]
+    with pytest.raises(KeyboardInterrupt):
+        train_together(company)
+    assert [l.epochs_done for l in company] == [2, 2, 2]
+    assert all(not hasattr(l, "fast_epochs") for l in company), "what was added for the time of `fit` is gone"
+    train_together(company[::2])
+    assert [l.epochs_done for l in company] == [4, 2, 4]
+
+
+def test_one_that_was_taken_up_later_meets_the_others(tmp_path, double_precision):
+    alone = learner(1)
+    train(alone)
+    ahead = learner(1, cbs=[lambda: Checkpoint(tmp_path / "c.safetensors", every=0)])
+    ahead.fit(3)
+    company = [learner(0), learner(1, cbs=[lambda: Checkpoint(tmp_path / "c.safetensors", every=0)]), learner(2)]
+    assert [l.epochs_done for l in company] == [0, 3, 0]
+    histories = train_together(company)
+    assert same(weights(company[1]), weights(alone)) and [len(h) for h in histories] == [len(alone.evaluate.history)] * 3
+
+
+def test_the_caller_is_left_as_it_was():
+    torch.manual_seed(3)
+    expected = torch.rand(1)
+    torch.manual_seed(3)
+    train_together([learner(t) for t in range(2)])
+    assert torch.equal(torch.rand(1), expected) and torch.is_grad_enabled()
+
+
+# What a fastai user does
+
+
+def test_fit_goes_on_where_it_stopped():
+    whole, parts = learner(), learner()
+    whole.fit()
+    for n in (1, 2, 1):
+        parts.fit(n)
+    assert torch.equal(weights(whole), weights(parts))
+    keys = ["epoch", "trained", "evaluated", "split", "loss"]
+    assert whole.evaluate.history[keys].equals(parts.evaluate.history[keys])
+    with pytest.raises(BadInput, match="has 4 epochs, of which 4 are over, and 1 more are asked for"):
+        parts.fit(1)
+    parts.fit()  # nothing is left
+    with pytest.raises(BadInput, match="leave `start_epoch` at 0"):
+        learner().fit(1, start_epoch=2)
+
+
+def test_fit_takes_a_learning_rate_and_new_state():
+    a, b, c = learner(), learner(), learner()
+    a.fit(1), b.fit(1, lr=1e-2), c.fit(1)
+    assert not same(weights(a), weights(b)) and b.opt.hypers[-1]["lr"] == 1e-2
+    a.fit(1), c.fit(1, reset_opt=True)
+    assert a.opt.hypers[-1]["lr"] == 1e-3 / 1.01 and not same(weights(a), weights(c))
+    assert {id(p) for p in c.opt.opt.state} == {id(p) for p in c.model.trains(0)}
+
+
+def test_weight_decay_is_taken_where_there_is_one():
+    learners = [learner(opt_func=Adam) for _ in range(2)]
+    learners[0].fit(), learners[1].fit(wd=0.5)
+    assert learners[1].opt.hypers[-1]["wd"] == 0.5, "for the second task, too"
+    assert not same(*map(weights, learners))
+
+
+def test_adam_is_taken_up_again(tmp_path):
+    keep = [lambda: Checkpoint(tmp_path / "c.safetensors", every=0)]
+    whole, first = learner(opt_func=Adam), learner(opt_func=Adam, cbs=keep)
+    whole.fit(), first.fit(3)
+    second = learner(opt_func=Adam, cbs=keep)
+    assert second.epochs_done == 3
+    second.fit()
+    assert torch.equal(weights(whole), weights(second))
+
+
+def test_recorder_and_metrics():
+    plain, learn = learner(), learner(metrics=accuracy)
+    plain.fit(), learn.fit()
+    assert torch.equal(weights(plain), weights(learn)), "recording changes no number"
+    assert list(learn.recorder.metric_names) == ["epoch", "train_loss", "valid_loss", "accuracy", "time"]
+    own = learn.evaluate.history.query("split == 'valid' and trained == evaluated and task_epoch > 0")
+    assert [v[2] for v in learn.recorder.values] == pytest.approx(own.accuracy.tolist())
+    assert len(learn.recorder.losses) == 4 * 4
+    learn.recorder.plot_loss()
+
+
+def test_logger_and_progress(tmp_path, capsys):
+    learn = learner(cbs=[ProgressCallback, CSVLogger], path=tmp_path)
+    learn.fit()
+    lines = (tmp_path / "history.csv").read_text().splitlines()
+    assert lines[0] == "epoch,train_loss,valid_loss,time" and [l[0] for l in lines[1:]] == list("0123")
+    assert "valid_loss" in capsys.readouterr().out
+
+
+def test_early_stopping_ends_a_fit_and_the_next_goes_on():
+    learn = learner(cbs=[lambda: EarlyStoppingCallback("accuracy", min_delta=2.0)], epochs=3, metrics=accuracy)
+    learn.fit()
+    assert learn.epochs_done == 2  # no epoch is better than the first by 2
+    learn.remove_cb(EarlyStoppingCallback)
+    learn.fit()
+    whole = learner(epochs=3)
+    whole.fit()
+    assert torch.equal(weights(learn), weights(whole))
+
+
+def test_the_best_epoch_is_kept(tmp_path):
+    learn = learner(epochs=4, path=tmp_path, n_tasks=1)
+    seen = []
+    learn.add_cb(Callback(after_epoch=lambda self: seen.append(weights(self.learn))))
+    learn.fit(cbs=SaveModelCallback("valid_loss"))
+    losses = [v[1] for v in learn.recorder.values]
+    assert torch.equal(weights(learn), seen[losses.index(min(losses))])
+    every = learner(path=tmp_path, cbs=[lambda: SaveModelCallback(every_epoch=True, fname="every")])
+    every.fit()
+    assert len(list(tmp_path.glob("models/every_*.pth"))) == 4
+
+
+def test_save_and_load(tmp_path):
+    whole, learn = learner(path=tmp_path), learner(path=tmp_path)
+    whole.fit()
+    learn.fit(3)
+    learn.save("third")
+    learn.fit()
+    learn.load("third")
+    learn.epochs_done = 3
+    train_together([learn])  # fast steps see the loaded tensors
+    assert torch.equal(weights(whole), weights(learn))
+    learn.fit(0)
+    first = learner(path=tmp_path)
+    first.save("first")
+    with pytest.raises(BadInput, match="does not hold a network with the tasks that this one has"):
+        learn.load("first")
+
+
+def test_one_cycle():
+    learn = learner(cbs=[Recorder])
+    learn.fit(1)
+    learn.fit_one_cycle(2, lr_max=1e-2)
+    rates = learn.recorder.lrs
+    assert max(rates) == pytest.approx(1e-2) and rates[0] == pytest.approx(1e-2 / 25) and rates[-1] < 1e-3
+    assert rates.index(max(rates)) == len(rates) // 4
+    with pytest.raises(BadInput, match="no momentum"):
+        learner().fit_one_cycle(1, moms=(0.9, 0.8, 0.9))
+    adam = learner(opt_func=Adam)
+    adam.fit_one_cycle()
+    assert adam.epochs_done == 4 and len(adam.recorder.hps["mom"]) == 16
+
+
+@pytest.mark.parametrize("done", [0, 3])
+def test_lr_find_leaves_everything_as_it_was(tmp_path, done):
+    plain, learn = learner(path=tmp_path), learner(path=tmp_path, cbs=[lambda: Checkpoint(tmp_path / "c", every=0)])
+    plain.fit(done) if done else None
+    learn.fit(done) if done else None
+    before = weights(learn)
+    found = learn.lr_find(num_it=30, show_plot=False)
+    assert 1e-7 < found.valley < 10 and torch.equal(weights(learn), before)
+    assert learn.epochs_done == done and len(learn.evaluate.history) == len(plain.evaluate.history)
+    plain.fit(), learn.fit()
+    assert torch.equal(weights(plain), weights(learn))
+
+
+def test_validate_and_predict():
+    plain, learn = learner(), learner(metrics=accuracy)
+    plain.fit(), learn.fit(3)
+    history, before = len(learn.evaluate.history), weights(learn)
+    loss, share = learn.validate()
+    known = learn.evaluate.history.query("split == 'valid'").iloc[-1]
+    assert share == pytest.approx(known.accuracy)
+    probabilities, y = learn.get_preds()
+    valid = toy_tasks(0, 2)[1].valid
+    assert torch.equal(y, valid.y) and torch.allclose(probabilities.sum(1), torch.ones(9))
+    *_, decoded, losses = learn.get_preds(with_decoded=True, with_loss=True)
+    assert losses.mean().item() == pytest.approx(known.loss) and (decoded == y).double().mean() == pytest.approx(known.accuracy)
+    assert len(learn.get_preds(0)[1]) == 21, "all training images"
+    assert len(learner().validate()) == 1
+    assert len(learn.evaluate.history) == history and torch.equal(weights(learn), before) and learn.task == 1
+    learn.fit()
+    assert torch.equal(weights(plain), weights(learn)), "nothing of this has changed the training"
+
+
+def test_a_run_obeys_its_callbacks(tmp_path):
+    from dfcnn.data.datasets import DATASETS
+    from dfcnn.experiments.configuration import RunConfig
+    from dfcnn.experiments.runs import run
+
+    how = dict(epochs=1, tasks=1, batch_size=10, lr=1e-4, decay=2.5e-4, eval_every=1)
+    config, images = RunConfig(dataset="shapes", method="HPS", **how), DATASETS["shapes"].images(None)
+    losses = [
+        run(config, images, tmp_path / str(i), cbs=cbs).history.loss.iloc[-1]
+        for i, cbs in enumerate(([], [GradientClip(1e-3)]))
+    ]
+    assert losses[0] != losses[1]
+    with pytest.raises(BadInput, match="MixedPrecision does nothing on a CPU"):
+        run(config, images, tmp_path / "refused", cbs=[MixedPrecision()])
