@@ -91,6 +91,22 @@ class TaskLearner(Learner):
             if event_name == "after_fit" or listens(cb, event_name):  # after a fit fastai sets `run` of all
                 cb(event_name)
 
+# %% ../../nbs/24_learner.ipynb #a1ec595c
+@patch
+def refuse_callbacks(self: TaskLearner) -> None:
+    "Refuse what would not do what it says."
+    trained = sorted({t + 1 for t in self.task_switch.schedule[self.epochs_done : self.n_epoch]})
+    for cb in self.cbs:
+        if isinstance(cb, MixedPrecision) and self.dls.device.type != "cuda":
+            raise BadInput("MixedPrecision does nothing on a CPU. Leave it out, or train on a GPU.")
+        if isinstance(cb, ReduceLROnPlateau):
+            raise BadInput("ReduceLROnPlateau would be overruled: every epoch's learning rate is that of the decay.")
+        if isinstance(cb, SaveModelCallback) and not (cb.every_epoch or cb.at_end) and len(trained) > 1:
+            raise BadInput(
+                f"SaveModelCallback ends with the network of its best epoch, and this `fit` trains the tasks {trained}: the later"
+                " ones would be lost. Train one task at a time, as in `fit(epochs)`, or save `at_end`."
+            )
+
 # %% ../../nbs/24_learner.ipynb #9dda923b
 def check_tasks(
     network: LifelongNetwork, tasks: Sequence[Task], schedule: Sequence[int], together: bool, batch_size: int
@@ -199,22 +215,6 @@ def add_cb(self: TaskLearner, cb: Callback | type[Callback]):
     if (counts_on_it or self.metrics) and not hasattr(self, "recorder") and not isinstance(cb, Recorder):
         self.add_cb(Recorder())
     return super(TaskLearner, self).add_cb(cb)
-
-# %% ../../nbs/24_learner.ipynb #a1ec595c
-@patch
-def refuse_callbacks(self: TaskLearner) -> None:
-    "Refuse what would not do what it says."
-    trained = sorted({t + 1 for t in self.task_switch.schedule[self.epochs_done : self.n_epoch]})
-    for cb in self.cbs:
-        if isinstance(cb, MixedPrecision) and self.dls.device.type != "cuda":
-            raise BadInput("MixedPrecision does nothing on a CPU. Leave it out, or train on a GPU.")
-        if isinstance(cb, ReduceLROnPlateau):
-            raise BadInput("ReduceLROnPlateau would be overruled: every epoch's learning rate is that of the decay.")
-        if isinstance(cb, SaveModelCallback) and not (cb.every_epoch or cb.at_end) and len(trained) > 1:
-            raise BadInput(
-                f"SaveModelCallback ends with the network of its best epoch, and this `fit` trains the tasks {trained}: the later"
-                " ones would be lost. Train one task at a time, as in `fit(epochs)`, or save `at_end`."
-            )
 
 # %% ../../nbs/24_learner.ipynb #83a0baa6
 @patch
