@@ -32,7 +32,7 @@ ROOMS = {  # first digit of a library notebook -> heading
 }
 FIRST = "lifelong own_tasks own_method any_network mtl ablations paper analysis".split()  # applications, in this order; then all others
 PAGES = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
-DIRECTIVE = re.compile(r"^#\s*\|\s*(\w+)[: \t]*([^\n]*)\n?", re.M)
+DIRECTIVE = re.compile(r"^#\s*\|\s*([\w-]+)[: \t]*([^\n]*)\n?", re.M)
 CODE = re.compile(r"(^(?P<fence>```+|~~~+).*?^(?P=fence)[ \t]*$)|(?P<ticks>`+)(?P<span>.+?)(?P=ticks)", re.M | re.S)
 LINK = re.compile(r"(?P<before>!?\[(?:[^\[\]]|!\[[^\]]*\]\([^)]*\))*\]\()(?P<target>[^)\s]+)(?P<after>[^)]*\))")
 
@@ -185,6 +185,8 @@ def cleaned(cell: dict) -> dict | None:
         tags |= {"remove-input"} if said.get("echo") == "false" else set()
         tags |= {"remove-output"} if said.get("output") == "false" else set()
         cell.metadata = dict(tags=sorted(tags)) if tags else {}
+        if "fig-alt" in said:
+            cell.metadata["mystnb"] = dict(image=dict(alt=said["fig-alt"]))
         cell.execution_count = None
         for output in cell.outputs:
             if "execution_count" in output:

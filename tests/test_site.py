@@ -29,6 +29,8 @@ def test_directives_and_what_they_hide_are_gone():
     assert cleaned(new_raw_cell("---\nskip_exec: true\n---")) is None
     assert cleaned(new_code_cell("#| export\n\nx = 1  #| not one")).source == "x = 1  #| not one"
     assert cleaned(new_code_cell("#| echo: false\nshow()")).metadata.tags == ["remove-input"]
+    shown = cleaned(new_code_cell("#| fig-alt: a line\nplot()"))
+    assert shown.source == "plot()" and shown.metadata.mystnb.image.alt == "a line"
     assert cleaned(new_markdown_cell("#| is prose here")).source == "#| is prose here"
 
 
