@@ -23,8 +23,8 @@ from fastcore.xtras import working_directory
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
-ALT = re.compile(r"^#\|\s*fig-alt:\s*(.+)$", re.M)
-EXPORT = re.compile(r"^#\|\s*exports?i?\b", re.M)
+ALT = re.compile(r"^#\s*\|\s*fig-alt:\s*(.+)$", re.M)
+EXPORT = re.compile(r"^#\s*\|\s*exports?i?\b", re.M)
 
 
 def tagged(cell: dict, tag: str) -> bool:

@@ -19,7 +19,7 @@ sys.path.insert(0, str(ROOT / "docs"))
 from pictures import ALT, alike, draw, is_picture, updated
 
 LIBRARY = sorted((ROOT / "nbs").glob("[0-9]*.ipynb"))
-TO_COME = {"05_factorization", "11_dfcnn", "15_expandable", "21_learner", "22_checkpoint", "23_stacking", "34_verdicts"}
+TO_COME = {"05_factorization", "11_dfcnn", "15_expandable", "21_learner", "22_checkpoint", "23_stacking"}
 LARGEST = 160 * 1024  # bytes of a picture
 
 
