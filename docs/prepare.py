@@ -223,7 +223,7 @@ def main(out: Path) -> None:
     for page, new in site.pages.items():
         if page.suffix == ".md":
             text = site.markdown((ROOT / page).read_text(encoding="utf-8"), page)
-            if page.name == "README.md":
+            if page == Path("README.md"):
                 sections = ["use/index", "read/index", "reports/index", "reference/index", "project"]
                 text += "\n".join(["", "```{toctree}", ":hidden:", "", *sections, "```", ""])
             site.write(new, text)
