@@ -8,6 +8,7 @@ from pathlib import Path
 from docutils.nodes import SkipNode
 from fastcore.docments import docments
 from latex2mathml.converter import convert
+from sphinx.util import logging
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 from prepare import SETTINGS
@@ -94,6 +95,8 @@ def visit_math(self, node):
     latex, block = node.astext().strip(), node.tagname == "math_block"
     tag = re.search(r"\\tag\{(.+?)\}", latex)
     markup = convert(latex.replace(tag[0], "") if tag else latex, display="block" if block else "inline")
+    if "\\" in markup:
+        logging.getLogger(__name__).warning("not understood as an equation: %s", latex, location=node)
     if block:
         number = f'<span class="eqno">({tag[1]})</span>' if tag else ""
         self.body.append(f'<div class="math">{markup}{number}</div>')

@@ -28,11 +28,12 @@ ROOMS = {  # first digit of a library notebook -> heading
     "1": "Methods",
     "2": "Training",
     "3": "Experiments",
-    "4": "Your own images",
+    "4": "Open questions",
+    "5": "Your own images",
 }
 FIRST = "lifelong own_tasks own_method any_network mtl ablations paper analysis".split()  # applications, in this order; then all others
 PAGES = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
-DIRECTIVE = re.compile(r"^#\s*\|\s*(\w+)[: \t]*([^\n]*)\n?", re.M)
+DIRECTIVE = re.compile(r"^#\s*\|\s*([\w-]+)[: \t]*([^\n]*)\n?", re.M)
 CODE = re.compile(r"(^(?P<fence>```+|~~~+).*?^(?P=fence)[ \t]*$)|(?P<ticks>`+)(?P<span>.+?)(?P=ticks)", re.M | re.S)
 LINK = re.compile(r"(?P<before>!?\[(?:[^\[\]]|!\[[^\]]*\]\([^)]*\))*\]\()(?P<target>[^)\s]+)(?P<after>[^)]*\))")
 
@@ -79,6 +80,8 @@ class Site:
         self.reports = [Book(p) for p in sorted((ROOT / "reports").rglob("*.ipynb")) if not p.parent.name.startswith(".")]
         self.modules = modules()
         self.pages = {Path(k): Path(v) for k, v in PAGES.items()}  # of the repository -> of the site
+        self.indexes = [p.relative_to(ROOT) for p in sorted((ROOT / "reports").rglob("README.md"))]
+        self.pages |= {p: p.with_name("records.md") for p in self.indexes}
         self.pages |= {b.at: b.at for b in (*books, *self.reports)}
         self.names = {b.at.stem: b.at for b in books}  # `19_registry` in prose is a link to that notebook
         self.notebook_of = {b.module: b.at for b in self.library}
@@ -185,6 +188,8 @@ def cleaned(cell: dict) -> dict | None:
         tags |= {"remove-input"} if said.get("echo") == "false" else set()
         tags |= {"remove-output"} if said.get("output") == "false" else set()
         cell.metadata = dict(tags=sorted(tags)) if tags else {}
+        if "fig-alt" in said:
+            cell.metadata["mystnb"] = dict(image=dict(alt=said["fig-alt"]))
         cell.execution_count = None
         for output in cell.outputs:
             if "execution_count" in output:
@@ -200,20 +205,15 @@ def modules() -> list[str]:
 
 def reference(site: Site) -> None:
     "A page for each module, and the list of them."
-    titles = {b.module: b for b in site.library}
-    entries = []
-    for module in site.modules:
-        book = titles.get(module)
-        if not book:  # a package, or a module without a notebook: nothing is defined in it
-            continue
-        entries.append(module)
+    titles = {b.module: b for b in site.library if b.module in site.modules}  # in reading order
+    for module, book in titles.items():
         line = f"This is the reference of the notebook {{doc}}`{book.title} <../{book.at.with_suffix('').as_posix()}>`."
         page = f"# {module}\n\n{line}\n\n"
         page += f"```{{eval-rst}}\n.. automodule:: {module}\n```\n"
         site.write(f"reference/{module}.md", page)
-    rows = "\n".join(f"| [{m}]({m}.md) | {site.markdown(titles[m].tagline, Path('reference/x'))} |" for m in entries)
+    rows = "\n".join(f"| [{m}]({m}.md) | {site.markdown(titles[m].tagline, Path('reference/x'))} |" for m in titles)
     table = f"| module | what it holds |\n|---|---|\n{rows}\n"
-    toctree = "\n".join(["```{toctree}", ":hidden:", "", *entries, "```"])
+    toctree = "\n".join(["```{toctree}", ":hidden:", "", *(f"{m.removeprefix(f'{NAME}.')} <{m}>" for m in titles), "```"])
     site.write("reference/index.md", f"# Reference\n\nEvery module is exported by one notebook.\n\n{table}\n{toctree}\n")
 
 
@@ -223,7 +223,7 @@ def main(out: Path) -> None:
     for page, new in site.pages.items():
         if page.suffix == ".md":
             text = site.markdown((ROOT / page).read_text(encoding="utf-8"), page)
-            if page.name == "README.md":
+            if page == Path("README.md"):
                 sections = ["use/index", "read/index", "reports/index", "reference/index", "project"]
                 text += "\n".join(["", "```{toctree}", ":hidden:", "", *sections, "```", ""])
             site.write(new, text)
@@ -257,7 +257,9 @@ def main(out: Path) -> None:
     site.write(page, text + site.listing(site.applications, page))
     page = Path("reports/index.md")
     text = "# Reports\n\nRendered notebooks, as they are kept in the repository. Their records lie beside them.\n\n"
-    site.write(page, text + site.listing(site.reports, page, labels=labels))
+    text += site.listing(site.reports, page, labels=labels)
+    records = [site.relative(site.pages[p], page).removesuffix(".md") for p in site.indexes]
+    site.write(page, text + "\n".join(["```{toctree}", "", *records, "```", ""]) if records else text)
     reference(site)
     project = "\n".join(["```{toctree}", "", "contributing", "changelog", "```"])
     site.write("project.md", f"# Project\n\nThe code is at <{SETTINGS['git_url']}>.\n\n{project}\n")

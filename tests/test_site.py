@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
+import re
 import sys
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_raw_cell
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "docs"))
 from check_links import dead_links
-from prepare import Book, Site, cleaned, main, modules
+from prepare import SETTINGS, Book, Site, cleaned, main, modules
 
 
 @pytest.fixture(scope="module")
@@ -29,6 +29,8 @@ def test_directives_and_what_they_hide_are_gone():
     assert cleaned(new_raw_cell("---\nskip_exec: true\n---")) is None
     assert cleaned(new_code_cell("#| export\n\nx = 1  #| not one")).source == "x = 1  #| not one"
     assert cleaned(new_code_cell("#| echo: false\nshow()")).metadata.tags == ["remove-input"]
+    shown = cleaned(new_code_cell("#| fig-alt: a line\nplot()"))
+    assert shown.source == "plot()" and shown.metadata.mystnb.image.alt == "a line"
     assert cleaned(new_markdown_cell("#| is prose here")).source == "#| is prose here"
 
 
@@ -71,3 +73,10 @@ def test_a_dead_link_is_found(tmp_path):
     (tmp_path / "a.html").write_text("<a href='b.html#here'></a><a href='b.html#there'></a><img src='c.png'><a href='https://x.y/z'></a>")
     (tmp_path / "b.html").write_text("<h1 id='here'></h1><a href='a.html'></a>")
     assert dead_links(tmp_path) == ["a.html: b.html#there", "a.html: c.png"]
+
+
+def test_the_main_notebook_opens_in_colab_from_where_the_code_is():
+    where = re.findall(r"colab\.research\.google\.com/github/([^)\s\"]+\.ipynb)", (ROOT / "nbs/lifelong.ipynb").read_text())
+    assert where == [f"{SETTINGS['user']}/{SETTINGS['repo']}/blob/{SETTINGS['branch']}/nbs/lifelong.ipynb"]
+    (install,) = (c for c in nbformat.read(ROOT / "nbs/lifelong.ipynb", 4).cells if "%pip" in c.source)
+    assert install.source.endswith(f"git+{SETTINGS['git_url']}@{SETTINGS['branch']}")

@@ -1,0 +1,94 @@
+"Pictures in the notebooks: there, described, small, and in step with the code that draws them."
+
+from __future__ import annotations
+
+import base64
+import io
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import numpy as np
+import pytest
+from nbformat.v4 import new_code_cell, new_notebook
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "docs"))
+from pictures import ALT, alike, draw, is_picture, updated
+
+LIBRARY = sorted((ROOT / "nbs").glob("[0-9]*.ipynb"))
+TO_COME = {"12_factorization", "13_deconvolutional", "17_expandable", "21_learner", "22_checkpoint", "23_stacking"}
+LARGEST = 160 * 1024  # bytes of a picture
+
+
+@pytest.mark.parametrize("notebook", LIBRARY, ids=lambda n: n.stem)
+def test_every_library_notebook_shows_a_picture_and_says_what_is_seen(notebook):
+    cells = nbformat.read(notebook, 4).cells
+    shown = any(map(is_picture, cells))
+    if notebook.stem in TO_COME:
+        assert not shown, f"{notebook.stem} has its picture: take it out of TO_COME"
+        pytest.skip("its picture is still to be drawn")
+    assert shown, "give a cell that draws the tag `picture`, then run .ci/pictures"
+    for cell in cells:
+        if not is_picture(cell):
+            assert not cell.get("outputs"), f"cell {cell.id} keeps outputs: run .ci/pictures"
+            continue
+        assert cell.outputs, f"the picture of cell {cell.id} is not saved: run .ci/pictures"
+        for output in cell.outputs:
+            assert set(output.data) == {"image/png"}
+            assert output.metadata["image/png"]["alt"] == ALT.search(cell.source)[1].strip()
+            assert len(base64.b64decode(output.data["image/png"])) < LARGEST
+
+
+@pytest.mark.xdist_group("generated")
+def test_pictures_are_in_step_with_the_code():
+    done = subprocess.run([sys.executable, ROOT / "docs/pictures.py", "--check"], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+
+
+def notebook(path: Path, *cells) -> Path:
+    nbformat.write(new_notebook(cells=list(cells)), path)
+    return path
+
+
+def drawing(text: str):
+    code = f"#| fig-alt: a line\nimport matplotlib.pyplot as plt\n\nfig, ax = plt.subplots(figsize=(3, 2))\nax.plot({text})"
+    return new_code_cell(code, metadata=dict(tags=["picture"]))
+
+
+def test_of_a_notebook_only_what_pictures_need_is_run_and_only_pictures_are_kept(tmp_path):
+    noisy = new_code_cell("1 / 0", outputs=[nbformat.v4.new_output("stream", text="old")])
+    cells = (new_code_cell("#| export\nrise = [1, 2, 3]"), noisy, drawing("rise"))
+    path = notebook(tmp_path / "a.ipynb", *cells)
+    path.write_text(updated(path))
+    saved = nbformat.read(path, 4).cells
+    assert [len(c.outputs) for c in saved] == [0, 0, 1]
+    assert saved[2].outputs[0].metadata["image/png"]["alt"] == "a line"
+    assert updated(path) == path.read_text()  # again, and nothing is new
+
+    saved[0].source = saved[0].source.replace("3]", "9]")
+    other = notebook(tmp_path / "b.ipynb", *saved)
+    assert nbformat.reads(updated(other), 4).cells[2].outputs != saved[2].outputs
+
+
+def test_a_picture_that_a_test_must_run_for_is_refused(tmp_path):
+    path = notebook(tmp_path / "a.ipynb", new_code_cell("rise = [1, 2]"), drawing("rise"))
+    with pytest.raises(SystemExit, match="NameError: name 'rise' is not defined. A picture cell may use what the notebook exports"):
+        updated(path)
+
+
+def test_a_few_pixels_do_not_make_another_picture():
+    def png(pixels):
+        out = io.BytesIO()
+        Image.fromarray(pixels.astype("uint8")).save(out, "PNG")
+        return out.getvalue()
+
+    picture = np.full((100, 200, 3), 255)
+    picture[50:52, 20:180] = 0  # a line
+    faint, moved = picture.copy(), picture.copy()
+    faint[50, 20:180] = 20  # drawn by another rasterizer
+    moved[50:52, 20:180], moved[60:62, 20:180] = 255, 0
+    assert alike(png(picture), png(faint)) and not alike(png(picture), png(moved))
+    assert not alike(png(picture), png(picture[:, :150]))
