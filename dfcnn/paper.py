@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
@@ -128,8 +129,10 @@ def _flops(method: str, architecture: str, tasks: int, batch_size: int) -> int:
 @lru_cache
 def _later_move_earlier(method: str, architecture: str) -> bool:
     "Does a later task change what an earlier one predicts? If not, it is not scored again."
-    network = build_shapes(method, architecture, 2)
-    return not set(network.trains(1)).isdisjoint(network.uses(0))
+    with suppress(RuntimeError):  # a network that looks at its values, as DEN does
+        network = build_shapes(method, architecture, 2)
+        return not set(network.trains(1)).isdisjoint(network.uses(0))
+    return True
 
 
 @lru_cache
@@ -257,7 +260,7 @@ class Paper:
         if self.hours:
             whole = [s.what for s, missing, _, when, _ in self.rows if when == "in the time" and missing]
             part = [s.what for s, _, _, when, _ in self.rows if when == "begun"]
-            lines.append(f"In {self.hours:g} hours: {'; '.join(whole) or 'no stage as a whole'}." + f" In part: {part[0]}." * bool(part))
+            lines.append(f"In {self.hours:g} hours: {'; '.join(whole) or 'no stage as a whole'}." + "".join(f" In part: {what}." for what in part))
         else:
             lines.append("Nothing is trained now: `-p hours 8` trains for at most eight hours, and the same command goes on the next day.")
         lines += [f"No images of {k}: {why}. Its runs are left out." for k, why in self.shelf.absent.items()]
