@@ -20,8 +20,9 @@ from .factorization import TwoStage, deconvolve, kernel_of
 from .networks import LifelongNetwork
 
 # %% auto #0
-__all__ = ['SHARED', 'OWN', 'INK', 'factorization_figure', 'stamps', 'stamps_figure', 'layer_filters', 'filters_figure',
-           'schedule_marks', 'schedule_figure', 'growth_blocks', 'growth_figure', 'matrix_drawing']
+__all__ = ['SHARED', 'OWN', 'INK', 'factorization_figure', 'sharing_of', 'reads_from', 'sharing_figure', 'stamps',
+           'stamps_figure', 'layer_filters', 'filters_figure', 'schedule_marks', 'schedule_figure', 'growth_blocks',
+           'growth_figure', 'matrix_drawing']
 
 # %% ../nbs/36_drawings.ipynb #2860dabf
 SHARED, OWN, INK = "#e69f00", "#4c8fc4", "#222222"  # colours that the colour-blind can tell apart
@@ -88,7 +89,57 @@ def factorization_figure(
     ax.set_title(f"Layer {layer + 1}: orange is shared, blue is a task's own", loc="left", fontsize=9, color=INK)
     return fig
 
-# %% ../nbs/36_drawings.ipynb #f30f8091
+# %% ../nbs/36_drawings.ipynb #1cd3ace9
+def sharing_of(
+    network: LifelongNetwork, task: int  # that the network knows
+) -> list[set[str]]:  # for each conv layer, and then the head: "shared", "own", or both
+    "Whose parameters each layer of a task depends on."
+    named = {k: p for k, p in network.named_parameters() if p.requires_grad}
+    layers = [W for W, _ in network.filters(task)]
+    found = []
+    for W in layers:
+        gradients = torch.autograd.grad(W.sum(), list(named.values()), allow_unused=True, retain_graph=True)
+        found.append({k for (k, _), g in zip(named.items(), gradients) if g is not None})
+    head = {id(p) for p in network.head_of(task).parameters()}
+    found.append({k for k, p in named.items() if id(p) in head})
+    return [{"own" if k.startswith(f"tasks.{task}.") else "shared" for k in names} for names in found]
+
+
+def reads_from(network: LifelongNetwork, task: int) -> set[int]:
+    "Other tasks whose own parameters a task's predictions depend on."
+    used = {id(p) for p in network.uses(task)}
+    names = [k for k, p in network.named_parameters() if id(p) in used and k.startswith("tasks.")]
+    return {int(k.split(".")[1]) for k in names} - {task}
+
+
+def sharing_figure(
+    networks: dict[str, LifelongNetwork],  # title -> a network that knows two tasks
+) -> plt.Figure:
+    "Which layers two tasks share, for several methods (as Fig. 2)."
+    fig, axs = _page(1.75 * len(networks), 2.9, len(networks))
+    for (title, network), ax in zip(networks.items(), axs):
+        kinds = [sharing_of(network, t) for t in (0, 1)]
+        n = len(kinds[0])
+        _bare(ax, 2.4, n + 0.6)
+        for t, own in enumerate(kinds):
+            for layer, whose in enumerate(own):
+                x, y = 0.1 + 1.2 * t, n - 0.8 - layer
+                for i, kind in enumerate(sorted(whose, reverse=True)):  # shared first, its own beside it
+                    width = 1.0 / len(whose)
+                    ax.add_patch(Rectangle((x + i * width, y), width, 0.7, facecolor={"shared": SHARED, "own": OWN}[kind], lw=0))
+                ax.add_patch(Rectangle((x, y), 1.0, 0.7, fill=False, edgecolor=INK, lw=0.8))
+                name = f"conv {layer + 1}" if layer < n - 1 else "head"
+                ax.text(x + 0.5, y + 0.35, name, ha="center", va="center", fontsize=7, color=INK)
+            for other in reads_from(network, t):
+                for layer in range(1, n - 1):  # from a layer's input there to the same layer here
+                    y = n - 0.45 - layer
+                    _arrow(ax, (0.1 + 1.2 * other + 0.9, y + 0.55), (0.1 + 1.2 * t + 0.1, y), color=INK)
+        for t in (0, 1):
+            ax.text(0.6 + 1.2 * t, n, f"task {t + 1}", ha="center", va="bottom", fontsize=7, color=INK)
+        ax.set_title(title, fontsize=9, color=INK)
+    return fig
+
+# %% ../nbs/36_drawings.ipynb #cc0d0722
 def stamps(
     kb: torch.Tensor,  # (ĥ, ŵ), one channel
     V: torch.Tensor,  # (p, p), p = 3
@@ -119,7 +170,7 @@ def stamps_figure(
         ax.set(xticks=[], yticks=[])
     return fig
 
-# %% ../nbs/36_drawings.ipynb #18361214
+# %% ../nbs/36_drawings.ipynb #6681c2b3
 def layer_filters(network: LifelongNetwork, layer: int, tasks: Sequence[int]) -> list[torch.Tensor]:
     "A copy of a layer's filters (c_out, c_in, k, k) of each task."
     with torch.no_grad():
@@ -148,7 +199,7 @@ def filters_figure(
     ax.tick_params(length=0)
     return fig
 
-# %% ../nbs/36_drawings.ipynb #20f4b57d
+# %% ../nbs/36_drawings.ipynb #8e4357b7
 def schedule_marks(
     schedule: Sequence[int],  # task of each epoch
     eval_every: int,
@@ -192,7 +243,7 @@ def schedule_figure(
     ax.spines[["left", "top", "right"]].set_visible(False)
     return fig
 
-# %% ../nbs/36_drawings.ipynb #40d5c37b
+# %% ../nbs/36_drawings.ipynb #49fc6484
 def growth_blocks(
     network: DEN, layer: int
 ) -> list[tuple[int, str, int, int, int, int]]:  # (generation, "into" or "W", first row, rows, first column, columns)
@@ -221,7 +272,7 @@ def growth_figure(network: DEN) -> plt.Figure:
     axs[0].set_ylabel("units", fontsize=7, color=INK)
     return fig
 
-# %% ../nbs/36_drawings.ipynb #82f809f1
+# %% ../nbs/36_drawings.ipynb #d8f318be
 def matrix_drawing(
     R: pd.DataFrame,  # accuracy matrix, 0 to 1: rows after learning a task, columns of evaluated tasks (see `30_metrics`)
 ) -> plt.Figure:

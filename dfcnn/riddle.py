@@ -16,7 +16,7 @@ import torch
 
 from .core import BadInput, check_choice, check_number, pick_device
 from .datasets import DATASETS
-from .figures import _finish, _panels, target
+from .figures import _finish, _panels, caption, target
 from .images import Images
 from .metrics import accuracy_by_epoch
 from .networks import Dropout
@@ -27,7 +27,7 @@ from .tasks import DataSet, Task
 
 # %% auto #0
 __all__ = ['VARIANTS', 'CANDIDATES', 'METHODS_ASKED', 'in_order', 'ScaledAtOnce', 'scaled_at_once', 'DropoutAlways', 'Candidate',
-           'Riddle', 'riddle_study', 'candidate_of', 'riddle_table', 'riddle_figure']
+           'Riddle', 'riddle_study', 'candidate_of', 'riddle_caption', 'riddle_table', 'riddle_figure']
 
 # %% ../nbs/37_riddle.ipynb #17e8f937
 def in_order(dataset: DataSet) -> DataSet:
@@ -211,6 +211,17 @@ def candidate_of(config: RunConfig) -> tuple[str, str]:
     return "", ""
 
 
+def _as_released(records: Sequence[Record]) -> list[Record]:
+    "One record, for its caption: a data set's variant may not be listed where records are read."
+    config = records[0].config
+    return [replace(records[0], config=replace(config, dataset=config.dataset.partition("-")[0]))]
+
+
+def riddle_caption(records: Sequence[Record]) -> str:  # of one length
+    "On what the table stands."
+    return caption(_as_released(records))
+
+
 def riddle_table(
     records: Sequence[Record],  # of one length
 ) -> pd.DataFrame:  # a row for each candidate, and the paper's; values as text
@@ -258,4 +269,4 @@ def riddle_figure(records: Sequence[Record]) -> plt.Figure:  # of one length
     fig.legend(*axs[0].get_legend_handles_labels(), fontsize=8, loc="outside right center")
     fig.supxlabel("epochs of the task", fontsize=9)
     fig.supylabel("test accuracy (%)", fontsize=9)
-    return _finish(fig, next(iter(groups.values())), "The candidates")
+    return _finish(fig, _as_released(records), "The candidates")

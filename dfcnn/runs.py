@@ -190,7 +190,7 @@ def load_records(folder: str | Path) -> list[Record]:
 def _package_checksum() -> str:
     code = hashlib.sha256()
     for f in sorted(Path(dfcnn.__file__).parent.glob("[!_]*.py")):
-        if f.stem not in ("studies", "figures", "verdicts", "paper", "drawings"):  # which no number depends on
+        if f.stem not in ("studies", "figures", "verdicts", "paper", "drawings", "reports"):  # which no number depends on
             code.update(f.read_bytes())
     return code.hexdigest()
 
