@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Sequence
 
 import joblib
+import numpy as np
 import pandas as pd
 import torch
 
@@ -23,7 +24,7 @@ from .learner import sum_cross_entropy
 from .multitask import COUNTS, MultiTask
 from .optimizer import RMSProp
 from .registry import METHODS, build_network, build_shapes, title_of
-from .runs import TRAINING, Record, RunConfig, load_records
+from .runs import TRAINING, Record, RunConfig, load_records, using_threads
 from .studies import Study, lifelong_study, multitask_study, scoring_interval, step_flops
 from .verdicts import SideBySide, side_by_side, variant
 
@@ -136,21 +137,23 @@ def _later_move_earlier(method: str, architecture: str) -> bool:
 
 
 @lru_cache
-def step_seconds(architecture: str, batch_size: int, device: torch.device, steps: int = 5) -> float:
-    "The median time of a training step of STL on this machine."
+def step_seconds(architecture: str, batch_size: int, device: torch.device, longest: float = 1.0) -> float:
+    "The median time of a training step of STL on this machine, from five steps or `longest` seconds."
     network = build_network("STL", architecture, n_tasks=1).to(device)
     optimizer, took = RMSProp(network.trains(0), lr=1e-6), []
     x = torch.rand(batch_size, *network.arch.input, device=device)
     y = torch.zeros(batch_size, dtype=torch.long, device=device)
-    for _ in range(steps + 1):  # the first one sets up
-        start = time.perf_counter()
-        optimizer.zero_grad()
-        sum_cross_entropy(network(x, 0), y).backward()
-        optimizer.step()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        took.append(time.perf_counter() - start)
-    return sorted(took[1:])[steps // 2]
+    clock = time.process_time if device.type == "cpu" else time.perf_counter  # other work on a CPU does not count
+    with using_threads(1):
+        while len(took) < 2 or len(took) < 6 and sum(took) < longest:
+            start = clock()
+            optimizer.zero_grad()
+            sum_cross_entropy(network(x, 0), y).backward()
+            optimizer.step()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            took.append(clock() - start)
+    return float(np.median(took[1:]))  # the first one sets up
 
 
 def hours_of(config: RunConfig, device: torch.device = torch.device("cpu")) -> float:
