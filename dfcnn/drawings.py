@@ -61,7 +61,9 @@ def _block(ax: plt.Axes, x: float, y: float, shape: Sequence[int], color: str, l
 
 def _arrow(ax: plt.Axes, start: tuple[float, float], end: tuple[float, float], label: str = "", color: str = INK) -> None:
     ax.add_patch(FancyArrowPatch(start, end, arrowstyle="-|>", mutation_scale=11, lw=1.2, color=color, shrinkA=2, shrinkB=2))
-    ax.text((start[0] + end[0]) / 2, (start[1] + end[1]) / 2 + 0.1, label, ha="center", va="bottom", fontsize=7.5, color=INK)
+    if label:
+        middle, plain = [(a + b) / 2 for a, b in zip(start, end)], dict(facecolor="white", lw=0, pad=1.5)
+        ax.text(*middle, label, ha="center", va="center", fontsize=7.5, color=INK, bbox=plain)
 
 # %% ../nbs/36_drawings.ipynb #6f7ae25a
 def factorization_figure(
