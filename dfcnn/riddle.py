@@ -240,14 +240,15 @@ def riddle_table(
         says = {}
         if "STL" in at:
             end = at["STL"][1]
-            says["DF-CNN ahead of STL"] = "DF-CNN" in at and at["DF-CNN"][1] > end
-            says["HPS behind STL"] = "HPS" in at and at["HPS"][1] < end
+            others = {"DF-CNN ahead of STL": ("DF-CNN", 1), "HPS behind STL": ("HPS", -1)}
+            says = {k: sign * (at[m][1] - end) > 0 for k, (m, sign) in others.items() if m in at}
             says["STL slow"] = end < target("cifar100", "STL", "peak_per_task_accuracy")[0]
         rows[name] = row | {k: "yes" if v else "no" for k, v in says.items()}
+    marks = ("DF-CNN ahead of STL", "HPS behind STL", "STL slow")
     rows["the paper (peak, 2,000 epochs)"] = {
         m: f"{target('cifar100', title_of(m), 'peak_per_task_accuracy')[0]}" for m in METHODS_ASKED
-    } | dict.fromkeys(("DF-CNN ahead of STL", "HPS behind STL", "STL slow"), "yes")
-    return pd.DataFrame(rows).T.fillna("").rename_axis("candidate")
+    } | dict.fromkeys(marks, "yes")
+    return pd.DataFrame(rows, index=[*METHODS_ASKED, *marks]).T.fillna("").rename_axis("candidate")
 
 
 def riddle_figure(records: Sequence[Record]) -> plt.Figure:  # of one length
