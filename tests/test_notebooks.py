@@ -20,7 +20,7 @@ from dfcnn.experiments.verdicts import claims, scorecard, target_table
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
 NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
-APPLICATIONS = [n for n in NOTEBOOKS if n.stem in ("lifelong", "ablations", "mtl", "paper")]
+APPLICATIONS = [n for n in NOTEBOOKS if n.stem in ("lifelong", "ablations", "mtl", "paper", "riddle")]
 
 
 def call(*args, cwd=ROOT, ok=True, **env) -> subprocess.CompletedProcess:
@@ -130,6 +130,29 @@ def test_the_paper_is_shown_beside_the_records(tmp_path):
     assert "SHORT RUN" in shown and "no record on Office-Home" in shown
 
 
+def test_the_paper_trains_for_so_many_hours_and_shows_it(tmp_path, shared):
+    out, notebook, archives = tmp_path / "out.ipynb", ROOT / "nbs/paper.ipynb", tmp_path / "data"
+    archives.mkdir()
+    (archives / "mnist.tgz").symlink_to(shared / "data/mnist.tgz")  # no other images
+    parameters = ("records", "records", "data_dir", archives, "workers", 1)
+    papermill(out, *parameters, "hours", 0.02, notebook=notebook)
+    shown = "".join(json.dumps(c.get("outputs", [])) for c in nbformat.read(out, 4).cells)
+    assert "A first look, short" in shown and "The time is up." in shown
+    made = {f.parent.name.split("-trial")[0] for f in (tmp_path / "records/runs/mnist-heterogeneous").glob("*/summary.json")}
+    assert made & {"STL", "DF-CNN"} and "MNIST, heterogeneous, 3% of the data" in shown
+    assert (tmp_path / "reports/paper/scorecard.csv").exists()
+
+
+def test_the_riddle_runs_through_papermill(tmp_path):
+    out, notebook = tmp_path / "out.ipynb", ROOT / "nbs/riddle.ipynb"
+    some = ("candidates", "as released, no dropout, classes in order", "methods", "STL DF-CNN")
+    parameters = ("dataset", "shapes", *some, "epochs", 1, "longer", 2, "tasks", 1)
+    papermill(out, *parameters, notebook=notebook)
+    assert len(list((tmp_path / "reports/riddle").rglob("summary.json"))) == 3 * 2 + 2
+    shown = "".join(json.dumps(c.get("outputs", [])) for c in nbformat.read(out, 4).cells)
+    assert shown.count("image/png") == 2 and "mean loss and restart" in shown
+
+
 def test_officehome_runs_where_its_folder_is(tmp_path, home):
     papermill(
         tmp_path / "out.ipynb",
@@ -171,6 +194,8 @@ REFUSED = {  # notebook -> parameters and what is said of them
         (("record", "."), "Unknown parameter 'record'. Did you mean 'records'?"),
         (("records", "nowhere"), "There is no folder 'nowhere'"),
         (("records", "."), "There are no complete run records below '.'"),
+        (("hours", "-1"), "Parameter 'hours' must be a number of at least 0"),
+        (("hours", "1", "data_dir", "nowhere"), "Data folder 'nowhere' does not exist"),
     ],
     "lifelong": [
         (("dataset", "cifar1000"), "Unknown data set 'cifar1000'. Did you mean 'cifar100'?"),
@@ -183,6 +208,10 @@ REFUSED = {  # notebook -> parameters and what is said of them
             ("dataset", "officehome", "data_dir", "."),
             "There is no Office-Home in '.'. Office-Home can come from (a) the original archive",
         ),
+    ],
+    "riddle": [
+        (("dataset", "mnist"), "Unknown data set 'mnist'"),
+        (("candidates", "magic"), "Unknown candidate 'magic'"),
     ],
     "ablations": [
         (

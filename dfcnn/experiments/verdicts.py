@@ -865,6 +865,7 @@ def side_by_side(
     records: str | Path = "reports",  # folder; all complete records below it
     output_dir: str | Path = "reports/paper",  # scorecard.csv, findings.csv, targets.csv go to here
     left_out: Sequence[str] = ("riddle",),  # folders below it whose records have a report of their own
+    may_be_empty: bool = False,  # is a folder without complete records all right?
 ) -> dict[str, SideBySide]:  # by variant; that of the published settings, "", comes first and is always there
     "Read records, decide what they decide, and write it into files."
     if not Path(records).is_dir():
@@ -876,7 +877,7 @@ def side_by_side(
         aside = set(left_out) & set(r.folder.relative_to(records).parts)
         if not aside and r.config.dataset in DATASETS:
             by.setdefault(variant(r.config), []).append(r)
-    if not sum(map(len, by.values())):
+    if not sum(map(len, by.values())) and not may_be_empty:
         raise BadInput(
             f"There are no complete run records below '{records}'. `papermill nbs/lifelong.ipynb` makes some."
         )
