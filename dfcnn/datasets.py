@@ -5,11 +5,13 @@
 # %% ../nbs/09_datasets.ipynb #5e8242b9
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from .core import check_choice, check_number, stream
+from .folders import own_data, read_folder
 from .images import Images, load_images
 from .multitask import COUNTS, POOLS, multitask_dataset
 from .shapes import shapes, shapes_home
@@ -23,7 +25,8 @@ from dfcnn.tasks import (
 )
 
 # %% auto #0
-__all__ = ['DRAWN', 'CIFAR_SPLIT', 'HOME_SPLIT', 'LIFELONG', 'MULTITASK', 'DATASETS', 'task_sequence']
+__all__ = ['DRAWN', 'CIFAR_SPLIT', 'HOME_SPLIT', 'LIFELONG', 'MULTITASK', 'DATASETS', 'list_dataset', 'own_dataset',
+           'task_sequence']
 
 # %% ../nbs/09_datasets.ipynb #27d7465e
 DRAWN = "These images are a stand-in that the package drew itself."
@@ -83,6 +86,21 @@ MULTITASK = [
     for pools in POOLS
 ]
 DATASETS: dict[str, DataSet] = {d.name: d for d in (*LIFELONG, *MULTITASK)}
+
+# %% ../nbs/09_datasets.ipynb #3ad61eb0
+def list_dataset(dataset: DataSet) -> DataSet:
+    "List a data set in this process."
+    return DATASETS.setdefault(dataset.name, dataset)
+
+
+def own_dataset(
+    data_dir: str | Path,  # laid out as `06_folders` says
+    size: int = 64,  # height and width that all images are brought to
+    fit: str = "crop",
+) -> tuple[DataSet, Images]:
+    "The data set of a user's own folder, listed, and its images."
+    images = read_folder(data_dir, size, fit)
+    return list_dataset(own_data(images, partial(read_folder, size=size, fit=fit), fit=fit)), images
 
 # %% ../nbs/09_datasets.ipynb #d56849e3
 def task_sequence(

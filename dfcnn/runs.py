@@ -34,9 +34,10 @@ from .stacking import train_together
 from .datasets import DATASETS, task_sequence
 
 # %% auto #0
-__all__ = ['TRAINING', 'PACKAGE', 'SAME', 'Training', 'RunConfig', 'Record', 'write_history', 'load_record', 'load_records',
-           'code_checksum', 'git_revision', 'made_with', 'made_by', 'differences', 'alone_in', 'set_aside', 'agreeing',
-           'KeepHistory', 'using_threads', 'settings', 'Attempt', 'run_together', 'run', 'load_network']
+__all__ = ['TRAINING', 'OWN_TRAINING', 'PACKAGE', 'SAME', 'Training', 'RunConfig', 'Record', 'write_history', 'load_record',
+           'load_records', 'code_checksum', 'git_revision', 'made_with', 'made_by', 'differences', 'alone_in',
+           'set_aside', 'agreeing', 'KeepHistory', 'using_threads', 'settings', 'Attempt', 'run_together', 'run',
+           'load_network']
 
 # %% ../nbs/31_runs.ipynb #4179c9f7
 @dataclass(frozen=True)
@@ -60,6 +61,7 @@ TRAINING = {  # by architecture, since the stand-ins are trained as what they st
         ("cifar10-5", "cifar10-10"), Training(batch_size=20, lr=2.5e-4, decay=1e-3, epochs=2000, trials=10)
     ),
 }
+OWN_TRAINING = Training(batch_size=10, lr=3e-4, decay=1e-2, epochs=40, trials=1)  # of a user's images: see `40_vision`
 
 # %% ../nbs/31_runs.ipynb #0dbde932
 @dataclass(frozen=True)
@@ -117,6 +119,8 @@ class RunConfig:
     def short(self) -> str:
         "What is shorter than in the paper, in words; empty for the paper's full schedule."
         self.check_listed()
+        if DATASETS[self.dataset].own:
+            return ""
         paper, full = TRAINING[DATASETS[self.dataset].architecture], len(DATASETS[self.dataset].groups())
         per = "in all" if self.together else "per task"
         cut = [f"{self.epochs} of {paper.epochs} epochs {per}"] if self.epochs < paper.epochs else []

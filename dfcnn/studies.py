@@ -32,8 +32,8 @@ from .learner import Callback
 from .multitask import COUNTS, MultiTask, multitask_dataset
 from .networks import LifelongNetwork, count_parameters
 from .registry import METHODS, Method, build_network, build_shapes, can_build
-from .runs import PACKAGE, SAME, TRAINING, Record, RunConfig, made_with, run_together
-from .datasets import DATASETS, task_sequence
+from .runs import OWN_TRAINING, PACKAGE, SAME, TRAINING, Record, RunConfig, made_with, run_together
+from .datasets import DATASETS, list_dataset, own_dataset, task_sequence
 from .tasks import DataSet, Task
 
 # %% auto #0
@@ -65,6 +65,8 @@ def carry_out(
     "Carry out runs in this process, whatever happens."
     folders = [Path(where["output_dir"]) / c.name for c in configs]
     METHODS[method.name] = method
+    if where["own"]:
+        list_dataset(where["own"])
     try:
         images = images or _images(configs[0].dataset, where["data_dir"])
         if (images.fingerprint, PACKAGE) != made_of:
@@ -280,6 +282,12 @@ class Study:
     def dataset(self) -> DataSet:
         return DATASETS[self.configs[0].dataset]
 
+    @property
+    def classes(self) -> int | list[int]:
+        "What `build_shapes` adds: the number of tasks, or the classes of each where they may differ."
+        n = self.configs[0].tasks
+        return [len(classes) for _, classes in self.dataset.groups()[:n]] if self.dataset.own else n
+
     def tasks(self, trial: int) -> list[Task]:
         "The tasks of one trial, which are the same for every method."
         c = self.configs[0]
@@ -287,7 +295,7 @@ class Study:
 
     def describe(self) -> str:  # Markdown
         "What is about to be run, in one paragraph and a table of methods."
-        c, paper = self.configs[0], TRAINING[self.dataset.architecture]
+        c, paper = self.configs[0], OWN_TRAINING if self.dataset.own else TRAINING[self.dataset.architecture]
         trials = 1 + max(c.trial for c in self.configs)
         titles = list(dict.fromkeys(DATASETS[c.dataset].title for c in self.configs))
         epochs = (
@@ -327,7 +335,7 @@ class Study:
             ]
         lines += ["| method | parameters for these tasks |", "|---|---:|"]
         for m in dict.fromkeys(c.method for c in self.configs):
-            network = build_shapes(m, self.dataset.architecture, c.tasks)
+            network = build_shapes(m, self.dataset.architecture, self.classes)
             lines.append(f"| {METHODS[m].title} | {count_parameters(network):,} |")
         notes = dict.fromkeys(METHODS[c.method].note for c in self.configs if not c.together)
         return "\n".join(lines + [""] + [f"* {note}" for note in notes if note])
@@ -421,6 +429,7 @@ class Study:
             tf32=self.tf32,
             threads=self.threads,
             asker=None if self.scheduler else os.getpid(),
+            own=self.dataset if self.dataset.own else None,
         )
         call, images = joblib.delayed(carry_out), self.images if here else None
         made_of = self.images.fingerprint, PACKAGE
@@ -495,9 +504,10 @@ def lifelong_study(
     scheduler: str | None = None,  # address of a dask scheduler, whose workers carry out the runs
     stack: bool | None = None,  # train the trials of a method as one? None: on a GPU
     tf32: bool = False,  # let a GPU multiply with less precision where it is faster
+    size: int | None = None,  # of your own images (dataset "folders"), which are brought to it; None: 64
 ) -> Study:
     "Check everything, load the images, and list the runs: every method on the same trials."
-    dataset = DATASETS[check_choice("data set", dataset, [d for d in DATASETS if not _is_multitask(d)])]
+    dataset = _lifelong_dataset(dataset, data_dir, size)
     if epochs is None:  # a first look
         score_every = dataset.look_every if score_every is None else score_every
         tasks = dataset.look_tasks if tasks is None else tasks
@@ -509,7 +519,7 @@ def lifelong_study(
     engine = dict(
         device=device, workers=workers, threads=threads, scheduler=scheduler, stack=stack, tf32=tf32
     )
-    return _study([dataset], dataset.name, "lifelong", epochs, every, tasks, **common, **engine)
+    return _study([dataset], "folders" if dataset.own else dataset.name, "lifelong", epochs, every, tasks, **common, **engine)
 
 
 def multitask_study(
@@ -551,6 +561,19 @@ def _is_multitask(dataset: str) -> bool:
     return isinstance(DATASETS[dataset], MultiTask)
 
 
+def _lifelong_dataset(name: str, data_dir: str | None, size: int | None) -> DataSet:
+    "The data set that a study names; that of a user's own images is made from their folder."
+    listed = [d for d in DATASETS if not _is_multitask(d) and not DATASETS[d].own]
+    name = check_choice("data set", name, [*listed, "folders"])
+    if name != "folders":
+        if size is not None:
+            raise BadInput("Parameter 'size' is for your own images, dataset 'folders'. Leave it out.")
+        return DATASETS[name]
+    if data_dir is None:
+        raise BadInput("Parameter 'data_dir' must name the folder of your own images: <data_dir>/<task>/<class>/<image>.")
+    return own_dataset(data_dir, 64 if size is None else size)[0]
+
+
 def _study(
     datasets: list[DataSet],  # of the same images
     folder: str,
@@ -573,14 +596,14 @@ def _study(
 ) -> Study:
     "What both studies check and set up alike."
     dataset = datasets[0]
-    training, together = TRAINING[dataset.architecture], schedule != "lifelong"
+    training, together = OWN_TRAINING if dataset.own else TRAINING[dataset.architecture], schedule != "lifelong"
     methods = pick_methods(methods, dataset.architecture, together)
     texts = dict(data_dir=data_dir, output_dir=output_dir, device=device, scheduler=scheduler)
     for name, value in texts.items():
         optional = name in ("data_dir", "scheduler") and value is None
         if not optional and not (isinstance(value, (str, os.PathLike)) and str(value)):
             raise BadInput(f"Parameter '{name}' must be text, but it is {value!r} ({type(value).__name__}).")
-    if dataset.stand_in and data_dir is not None:
+    if dataset.stand_in and data_dir is not None and not dataset.own:
         real = "cifar100 or officehome" if not together else "mnist or cifar10"
         raise BadInput(
             f"'{dataset.name}' comes with the package and takes no data_dir. For real images choose dataset"
@@ -626,9 +649,13 @@ def _study(
     except OSError as e:
         raise BadInput(f"Output folder '{output}' cannot be made ({e}). Choose another output_dir.") from e
     images = dataset.images(data_dir)
-    for d in datasets:
-        for name, classes in d.groups()[: config.tasks]:
-            d.pick(images, name, classes, config.seed, trial=0)  # says where there are too few images
+    picked = [
+        d.pick(images, name, classes, config.seed, trial=0)  # says where there are too few images
+        for d in datasets
+        for name, classes in d.groups()[: config.tasks]
+    ]
+    if dataset.own:  # a batch is no larger than the smallest task
+        config = replace(config, batch_size=min(config.batch_size, *(len(task[0][0]) for task in picked)))
     configs = [
         replace(config, dataset=d.name, method=m, trial=t)
         for d in datasets

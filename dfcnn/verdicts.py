@@ -871,6 +871,8 @@ def side_by_side(
         )
     by: dict[str, list[Record]] = {"": []}
     for r in load_records(records):
+        if r.config.dataset not in DATASETS or DATASETS[r.config.dataset].own:
+            continue  # a user's own images, of which the paper says nothing
         by.setdefault(variant(r.config), []).append(r)
     if not sum(map(len, by.values())):
         raise BadInput(
