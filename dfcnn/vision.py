@@ -614,7 +614,7 @@ def export_onnx(self: ImageLearner, task: str, path: str | Path) -> Path:
     torch.onnx.export(network, (image,), path, dynamo=True, verbose=False, external_data=False, **names)
     return path
 
-# %% ../nbs/40_vision.ipynb #79d6c826
+# %% ../nbs/40_vision.ipynb #37f6f6e5
 def compare(
     tasks: OwnTasks,
     methods: Sequence[str | type[LifelongNetwork]] = ("STL", "HPS", "DF-CNN"),
@@ -628,7 +628,7 @@ def compare(
         learn.fit()
         right[learn.method.title] = all_right = torch.cat([learn.outcomes(t) for t in range(len(tasks))])
         low, high = wilson(int(all_right.sum()), len(all_right))
-        each = {t.name: c / t.images[2] for t, c in zip(learn.learned, learn.learned[-1].correct)}
+        each = {f"on {t.name}": c / t.images[2] for t, c in zip(learn.learned, learn.learned[-1].correct)}
         change = learn.retention()["change"].iloc[:-1].mean()
         row = dict(method=learn.method.title, accuracy=all_right.float().mean().item(), low=low, high=high, **each)
         rows.append(row | dict(forgotten=-change, parameters=count_parameters(learn.network), seconds=sum(t.seconds for t in learn.learned)))
