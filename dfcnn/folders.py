@@ -33,7 +33,7 @@ __all__ = ['PHOTO_SUFFIXES', 'PARTS', 'WHOLE', 'EXPECTED', 'FITS', 'SHARES', 'OW
            'check_file_exists', 'groups_of', 'OwnData', 'own_data', 'OwnTasks', 'tasks_from_images',
            'tasks_from_folder', 'task_from_folder', 'items_of', 'parts_of', 'tasks_from_datasets']
 
-# %% ../nbs/06_folders.ipynb #28561a5b
+# %% ../nbs/06_folders.ipynb #0b69d2e9
 PHOTO_SUFFIXES = IMAGE_SUFFIXES | {".gif", ".tif", ".tiff"}
 PARTS = {"train": "train", "valid": "valid", "val": "valid", "validation": "valid", "test": "test"}  # folder -> part
 WHOLE = "all"  # the part of images that are still to be divided
@@ -51,8 +51,11 @@ class Photo(NamedTuple):
 
 def listing(folder: Path) -> tuple[list[Path], list[Path]]:
     "The folders in a folder, and the files that are images by their names; what begins with a dot is nobody's."
-    with os.scandir(folder) as entries:
-        there = sorted((e for e in entries if not e.name.startswith(".")), key=lambda e: e.name)
+    try:
+        with os.scandir(folder) as entries:
+            there = sorted((e for e in entries if not e.name.startswith(".")), key=lambda e: e.name)
+    except OSError as e:
+        raise BadInput(f"Folder '{folder}' cannot be read ({e}). May you read it?") from e
     folders = [Path(e.path) for e in there if e.is_dir()]
     files = [e for e in there if os.path.splitext(e.name)[1].lower() in PHOTO_SUFFIXES and not e.is_dir()]
     return folders, [Path(e.path) for e in files]
@@ -147,7 +150,7 @@ def read_photo(
         raise BadInput(f"Image '{name}' cannot be read ({type(e).__name__}). Replace it or take it away.") from e
     return np.ascontiguousarray(np.asarray(square).transpose(2, 0, 1))
 
-# %% ../nbs/06_folders.ipynb #eb2e3d39
+# %% ../nbs/06_folders.ipynb #126f39dc
 def as_images(
     rows: Sequence[tuple[str, str, str]],  # task, part, class of each image
     x: np.ndarray | torch.Tensor,  # pixels, uint8 (n, channels, size, size)
@@ -160,10 +163,10 @@ def as_images(
     elif channels == 1 and x.shape[1] == 3:
         weights = torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)  # of Pillow's grey
         x = torch.cat([(c * weights).sum(1, keepdim=True).round().to(torch.uint8) for c in x.split(256)])
-    classes = list(dict.fromkeys(f"{task}/{label}" for task, _, label in rows))
-    parts = list(dict.fromkeys(part for _, part, _ in rows))
-    y = torch.tensor([classes.index(f"{task}/{label}") for task, _, label in rows])
-    return Images(x, y, torch.tensor([parts.index(part) for _, part, _ in rows]), classes, parts)
+    labels, of_part = [f"{task}/{label}" for task, _, label in rows], [part for _, part, _ in rows]
+    classes, parts = list(dict.fromkeys(labels)), list(dict.fromkeys(of_part))
+    place = lambda names, of: torch.tensor([*map({name: i for i, name in enumerate(names)}.get, of)])
+    return Images(x, place(classes, labels), place(parts, of_part), classes, parts)
 
 
 def read_all(photos: Sequence[Photo], size: int, fit: str) -> np.ndarray:  # uint8 (n, 3, size, size)
@@ -188,7 +191,7 @@ def read_all(photos: Sequence[Photo], size: int, fit: str) -> np.ndarray:  # uin
         raise BadInput(" ".join(sorted(wrong)[:3]) + more)
     return x
 
-# %% ../nbs/06_folders.ipynb #fc5f0598
+# %% ../nbs/06_folders.ipynb #40c5fac4
 def read_photos(
     photos: Sequence[Photo],
     size: int = 64,  # height and width that all images are brought to
@@ -199,7 +202,10 @@ def read_photos(
     size, fit = check_number("size", size, 8, 512), check_choice("fit", fit, FITS)
     h = hashlib.sha256(f"1/{size}/{fit}/{channels}".encode())  # 1: version of what is kept
     for p in photos:
-        stat = p.path.stat()
+        try:
+            stat = p.path.stat()
+        except OSError as e:
+            raise BadInput(f"Image '{p.path}' cannot be read ({e}). Replace it or take it away.") from e
         h.update(os.fsencode(p.path) + f"/{p[:3]}/{stat.st_size}/{stat.st_mtime_ns}".encode())
     key = f"folders-{h.hexdigest()[:16]}"
     return cached(key, lambda: as_images([p[:3] for p in photos], read_all(photos, size, fit), channels))
