@@ -25,8 +25,8 @@ from dfcnn.tasks import (
 )
 
 # %% auto #0
-__all__ = ['DRAWN', 'CIFAR_SPLIT', 'HOME_SPLIT', 'LIFELONG', 'MULTITASK', 'DATASETS', 'list_dataset', 'own_dataset',
-           'task_sequence']
+__all__ = ['DRAWN', 'CIFAR_SPLIT', 'HOME_SPLIT', 'LIFELONG', 'MULTITASK', 'DATASETS', 'task_sequence', 'list_dataset',
+           'own_dataset']
 
 # %% ../nbs/09_datasets.ipynb #27d7465e
 DRAWN = "These images are a stand-in that the package drew itself."
@@ -87,21 +87,6 @@ MULTITASK = [
 ]
 DATASETS: dict[str, DataSet] = {d.name: d for d in (*LIFELONG, *MULTITASK)}
 
-# %% ../nbs/09_datasets.ipynb #3ad61eb0
-def list_dataset(dataset: DataSet) -> DataSet:
-    "List a data set in this process."
-    return DATASETS.setdefault(dataset.name, dataset)
-
-
-def own_dataset(
-    data_dir: str | Path,  # laid out as `06_folders` says
-    size: int = 64,  # height and width that all images are brought to
-    fit: str = "crop",
-) -> tuple[DataSet, Images]:
-    "The data set of a user's own folder, listed, and its images."
-    images = read_folder(data_dir, size, fit)
-    return list_dataset(own_data(images, partial(read_folder, size=size, fit=fit), fit=fit)), images
-
 # %% ../nbs/09_datasets.ipynb #d56849e3
 def task_sequence(
     dataset: str,  # a key of `DATASETS`
@@ -118,3 +103,18 @@ def task_sequence(
     images = dataset.images(data_dir) if images is None else images
     order = torch.randperm(n_tasks, generator=stream(seed, "trial", trial, "order")).tolist()
     return [dataset.draw(images, *groups[i], seed, trial) for i in order]
+
+# %% ../nbs/09_datasets.ipynb #3ad61eb0
+def list_dataset(dataset: DataSet) -> DataSet:
+    "List a data set in this process."
+    return DATASETS.setdefault(dataset.name, dataset)
+
+
+def own_dataset(
+    data_dir: str | Path,  # laid out as `06_folders` says
+    size: int = 64,  # height and width that all images are brought to
+    fit: str = "crop",
+) -> tuple[DataSet, Images]:
+    "The data set of a user's own folder, listed, and its images."
+    images = read_folder(data_dir, size, fit)
+    return list_dataset(own_data(images, partial(read_folder, size=size, fit=fit), fit=fit)), images
