@@ -31,5 +31,6 @@ setup(
         "dev": cfg["dev_requirements"].split(),
         "dask": cfg["dask_requirements"].split(),
         "docs": cfg["docs_requirements"].split(),
+        "onnx": cfg["onnx_requirements"].split(),
     },
 )

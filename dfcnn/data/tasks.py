@@ -134,6 +134,7 @@ def standardize(
 class DataSet:
     "How the tasks of one data set are made."
 
+    own = False  # are these a user's images, of which the paper says nothing?
     name: str
     title: str  # for headings
     architecture: str  # which of the paper's networks it is learned with

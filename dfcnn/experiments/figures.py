@@ -127,8 +127,10 @@ def caption(records: Sequence[Record]) -> str:
     "On what the numbers stand: data, trials, length."
     c = records[0].config
     trials = len({r.config.trial for r in records})
-    paper = TRAINING[DATASETS[c.dataset].architecture]
     per = "in all" if c.together else "per task"
+    if DATASETS[c.dataset].own:
+        return f"{DATASETS[c.dataset].title}. {trials} trial{'s' if trials > 1 else ''}, {c.epochs} epochs {per}."
+    paper = TRAINING[DATASETS[c.dataset].architecture]
     length = f"SHORT RUN: {c.short}" if c.short else f"the paper's schedule of {c.epochs} epochs {per}"
     few = "" if trials >= paper.trials else f" (paper: {paper.trials})"
     scored = "" if c.together or c.score_every == 1 else f", scored every {c.score_every} epochs (paper: every one)"
