@@ -279,7 +279,7 @@ class Tensors(nn.Module):
             else:
                 node.register_buffer(last, copied)
 
-# %% ../nbs/18_factorize.ipynb #b51810a9
+# %% ../nbs/18_factorize.ipynb #d42e0dea
 @dataclass(frozen=True)
 class Form:
     "What is asked of an architecture: which images a network takes, and how many classes where nothing else is said."
@@ -292,6 +292,7 @@ class Form:
 class FactorizedNetwork(LifelongNetwork):
     "A CNN for many tasks, whose filters each task generates from knowledge bases that all share."
 
+    may_rest = True  # a bias, or the scale of filters, has no effect before a normalization
     keeps: int = 1  # tasks whose filters are kept in evaluation
 
     def __init__(
@@ -304,7 +305,7 @@ class FactorizedNetwork(LifelongNetwork):
     ):
         head = head_layer(net, plan.head)
         super().__init__(arch or Form(type(net).__name__, None, head.weight.shape[0]), seed)
-        self.plan, self.names, self.kept, self.start = plan, [], {}, None
+        self.plan, self.names, self.kept, self.initial = plan, [], {}, None
         self.outputs: list[int] = []  # classes of each task
         kb = [new_knowledge_base(l.base, stream(seed, "init", "kb", i)) for i, l in enumerate(plan.layers)]
         self.kb = nn.ParameterList(kb)
@@ -330,7 +331,7 @@ class FactorizedNetwork(LifelongNetwork):
     def __getstate__(self) -> dict:
         return {**self.__dict__, "kept": {}}
 
-# %% ../nbs/18_factorize.ipynb #cae5ed0f
+# %% ../nbs/18_factorize.ipynb #602419af
 @patch
 def add_task(
     self: FactorizedNetwork,
@@ -359,8 +360,8 @@ def add_task(
 def new_task(self: FactorizedNetwork, generator: torch.Generator) -> Parts:
     "What the next task owns: V and U of each layer, a new head, and the rest as it was given."
     generators = nn.ModuleList(layer.generator(generator) for layer in self.plan.layers)
-    if self.start is not None:
-        generators.load_state_dict(self.start)
+    if self.initial is not None:
+        generators.load_state_dict(self.initial)
     with seeded(self.seed, "init", "task", len(self.tasks), "head"):
         head = self.new_head(self.outputs[len(self.tasks)])
     named = {f"{self.plan.head}.{k}": p for k, p in head.named_parameters()}
@@ -387,7 +388,7 @@ def load_state_dict(self: FactorizedNetwork, state: dict, *args, **kwargs):
     state._metadata = self.state_dict()._metadata  # versions of layers, without which a normalization takes itself for an old one
     return nn.Module.load_state_dict(self, state, *args, **kwargs)
 
-# %% ../nbs/18_factorize.ipynb #eadd3be2
+# %% ../nbs/18_factorize.ipynb #88aa20b8
 def uncast(device: torch.device):
     "A context in which mixed precision is off."
     return torch.autocast(device.type, enabled=False) if device.type in ("cpu", "cuda", "mps") else nullcontext()
@@ -421,7 +422,7 @@ def filters(self: FactorizedNetwork, task: int | str) -> list[tuple[torch.Tensor
         return self.generate(task)
     known, filters = self.kept.pop(task, ([], None))
     same = lambda before, version, p: before.data_ptr() == p.data_ptr() and version == p._version
-    if len(known) != len(made_from) or not all(same(*k, p) for k, p in zip(known, made_from)):
+    if filters is None or not all(same(*k, p) for k, p in zip(known, made_from)):
         with torch.inference_mode(False), torch.no_grad():
             filters = self.generate(task)
         known = [(p.detach(), p._version) for p in made_from]  # holds on to the memory, so that no other takes its place
@@ -532,7 +533,7 @@ def fit_filters(
     own.U[:k] = U.view(k, layer.cin, layer.cout).to(own.U)
     return kb, error
 
-# %% ../nbs/18_factorize.ipynb #0bb5ede7
+# %% ../nbs/18_factorize.ipynb #34b3fa74
 @patch
 def start_from_filters(
     self: FactorizedNetwork,
@@ -557,7 +558,7 @@ def start_from_filters(
         for name, value in tensors_of(self.common).items():
             value.copy_(tensors[name])
     self.given = {k: copy.deepcopy(tensors[k]) for k in self.given}
-    self.start, self.start_errors = start.state_dict(), pd.Series(errors, name="error", dtype=float)
+    self.initial, self.start_errors = start.state_dict(), pd.Series(errors, name="error", dtype=float)
     return self.start_errors
 
 # %% ../nbs/18_factorize.ipynb #445b5c76

@@ -201,6 +201,7 @@ class LifelongNetwork(nn.Module):
 
     max_tasks: float = float("inf")  # that the network can take
     in_sequence: bool = False  # does it need its tasks one after the other?
+    may_rest: bool = False  # may what trains stay as it was? A bias before a normalization has no effect
     starts_from: type[LifelongNetwork] | None = None  # whose trained networks `start_from` is given first
 
     def __init__(
