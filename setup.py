@@ -30,5 +30,6 @@ setup(
     extras_require={
         "dev": cfg["dev_requirements"].split(),
         "dask": cfg["dask_requirements"].split(),
+        "timm": cfg["timm_requirements"].split(),
     },
 )

@@ -18,14 +18,15 @@ from dfcnn.checkpoint import save_tensors
 from dfcnn.core import BadInput, seeded, stream
 from dfcnn.dfcnn import DFCNN
 from dfcnn.factorize import NetworkMethod, Plan, factorize
-from dfcnn.learner import Audit, Callback, lifelong_learner, score, train
+from dfcnn.learner import Audit, Callback, lifelong_learner, score, sum_cross_entropy, train
 from dfcnn.networks import ARCHITECTURES, Architecture
+from dfcnn.optimizer import RMSProp
 from dfcnn.registry import METHODS, build_network, register
 from dfcnn.runs import load_network, run, settings
 from dfcnn.stacking import train_together
 from dfcnn.studies import lifelong_study
 from dfcnn.tasks import Split, Task
-from test_oracle import Oracle, assert_close, load, setup, to_torch  # noqa: F401, fixtures among them
+from test_oracle import Oracle, assert_close, compare, in_tf, load
 
 
 def small() -> nn.Module:
@@ -229,36 +230,58 @@ def test_it_compiles():
 
 
 def test_the_papers_network_by_the_authors_numbers(shared):
-    "Filters, logits and gradients of the authors' code, by the paper's CNN as a plain network."
+    "Filters, logits, gradients and updates of the authors' code, by the paper's CNN as a plain network."
     z = Oracle(shared / "oracle", "dfcnn_cifar100_10_init", "dfcnn_cifar100_10_steps")
-    arch = ARCHITECTURES["cifar100"]
-    theirs = DFCNN(arch, seed=0)
+    theirs = DFCNN(ARCHITECTURES["cifar100"], seed=0)
     theirs.add_task(), theirs.add_task()
-    load(theirs, z)
-    sizes = {name: (kb, c) for name, (_, kb), c in zip("0369", theirs.sizes.kb, theirs.sizes.c)}
-    net = factorize(paper_network(arch), head="16", sizes=sizes, init="random")
-    net.add_task(), net.add_task()
+    shapes = load(theirs, z)
+    net = as_plain(theirs).eval()
+    pairs = list(counterparts(net, theirs))
+    assert len(pairs) == len(list(net.parameters())) == len(shapes)
     with torch.no_grad():
-        for a, b in zip(net.kb, theirs.kb):
-            a.copy_(b)
-        for own, given in zip(net.tasks, theirs.tasks):
-            own.generators.load_state_dict(given.generators.state_dict())
-            for i, name in enumerate(("14", "16")):
-                layer = own.own.get_submodule(name)
-                layer.weight.copy_(given.head.W[i]), layer.bias.copy_(given.head.b[i])
-    net.eval(), theirs.eval()
+        for ours, given in pairs:
+            ours.copy_(given)
+
+    def back(of) -> dict:
+        "Values or gradients of ours, by the authors' names and in their layouts."
+        values = {id(given): of(ours) for ours, given in pairs}
+        return in_tf(theirs, shapes, lambda p: values[id(p)])
+
+    batch = lambda t: (torch.from_numpy(z[f"x/t{t}"]).permute(0, 3, 1, 2), torch.from_numpy(z[f"y/t{t}"]).long())
     for t in (0, 1):
-        x = torch.from_numpy(z[f"x/t{t}"]).permute(0, 3, 1, 2)
-        y = torch.from_numpy(z[f"y/t{t}"]).long()
-        if f"logits/t{t}" in z:
-            assert_close(net(x, t).detach(), z[f"logits/t{t}"], f"logits of task {t}")
-        grads = []
-        for n in (net, theirs):
-            n.zero_grad()
-            cross_entropy(n(x, t), y, reduction="sum").backward()
-            grads.append([p.grad for p in (*n.kb, *n.tasks[t].generators.parameters())])
-        for ours, of_theirs in zip(*grads):
-            assert_close(ours, of_theirs, "gradient", rtol=1e-5)
+        assert_close(net(batch(t)[0], t).detach(), z[f"logits/t{t}"], f"logits of task {t}")
+        for i, (W, _) in enumerate(net.filters(t)):
+            assert_close(W.detach().permute(2, 3, 1, 0), z[f"filter/t{t}.conv{i}.W"], f"filter {i}", 1e-6)
+    x, y = batch(0)
+    optimizer = RMSProp(net.trains(0), lr=1e-4)
+    for step in (1, 2, 3):
+        net.zero_grad()
+        sum_cross_entropy(net(x, 0), y).backward()
+        gradients = back(lambda p: p.grad)
+        if step == 1:
+            assert compare(z, "grad0", gradients) == len(gradients) > 10
+        optimizer.step()
+        if step != 2:
+            assert compare(z, f"step{step}", back(lambda p: p)) == len(gradients)
+
+
+def as_plain(theirs: DFCNN):
+    "The paper's CNN as a plain network, factorized with the same sizes."
+    sizes = {name: (kb, c) for name, (_, kb), c in zip("0369", theirs.sizes.kb, theirs.sizes.c)}
+    net = factorize(paper_network(theirs.arch), head="16", sizes=sizes, init="random")
+    for _ in theirs.tasks:
+        net.add_task()
+    return net
+
+
+def counterparts(net, theirs: DFCNN):
+    "Our parameters and those of `DFCNN`, in pairs."
+    yield from zip(net.kb, theirs.kb)
+    for own, given in zip(net.tasks, theirs.tasks):
+        yield from zip(own.generators.parameters(), given.generators.parameters())
+        for i, name in enumerate(("14", "16")):
+            layer = own.own.get_submodule(name)
+            yield from ((layer.weight, given.head.W[i]), (layer.bias, given.head.b[i]))
 
 
 def paper_network(arch: Architecture) -> nn.Sequential:
