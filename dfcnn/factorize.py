@@ -331,7 +331,7 @@ class FactorizedNetwork(LifelongNetwork):
     def __getstate__(self) -> dict:
         return {**self.__dict__, "kept": {}}
 
-# %% ../nbs/18_factorize.ipynb #602419af
+# %% ../nbs/18_factorize.ipynb #0a330e22
 @patch
 def add_task(
     self: FactorizedNetwork,
@@ -363,18 +363,21 @@ def new_task(self: FactorizedNetwork, generator: torch.Generator) -> Parts:
     if self.initial is not None:
         generators.load_state_dict(self.initial)
     with seeded(self.seed, "init", "task", len(self.tasks), "head"):
-        head = self.new_head(self.outputs[len(self.tasks)])
+        head = self.make_head(self.outputs[len(self.tasks)])
     named = {f"{self.plan.head}.{k}": p for k, p in head.named_parameters()}
     return Parts(generators=generators, own=Tensors({**self.given, **named}))
 
 
 @patch
-def new_head(self: FactorizedNetwork, classes: int) -> nn.Module:
+def make_head(self: FactorizedNetwork, classes: int) -> nn.Module:
     "A head as it was given, with so many outputs and new values."
-    like, bias = self.form.get_submodule(self.plan.head), f"{self.plan.head}.bias" in self.shapes
-    if isinstance(like, nn.Linear):
-        return nn.Linear(like.in_features, classes, bias)
-    return nn.Conv2d(like.in_channels, classes, like.kernel_size, bias=bias)
+    head = copy.deepcopy(self.form.get_submodule(self.plan.head))
+    setattr(head, "out_features" if isinstance(head, nn.Linear) else "out_channels", classes)
+    for kind in head._parameters:
+        if shape := self.shapes.get(f"{self.plan.head}.{kind}"):
+            head._parameters[kind] = nn.Parameter(torch.empty(classes, *shape[1:]))
+    head.reset_parameters()
+    return head
 
 
 @patch
@@ -578,12 +581,12 @@ def factorize(
     arch = Form(type(net).__name__, images and tuple(images), head_layer(net, head).weight.shape[0])
     return FactorizedNetwork(net, plan, init, seed, arch)
 
-# %% ../nbs/18_factorize.ipynb #3f4c11bf
+# %% ../nbs/18_factorize.ipynb #54363e22
 @patch
 def parameter_table(self: FactorizedNetwork) -> pd.DataFrame:  # rows: shared, each task, all, separate networks
     "Parameters that tasks share, that each owns, and that separate plain networks would need."
     head = sum(shape.numel() for k, shape in self.shapes.items() if fits(self.plan.head, k, self.form))
-    plain = [self.plain_parameters - head + count_parameters(self.new_head(n)) for n in self.outputs]
+    plain = [self.plain_parameters - head + head // self.shapes[f"{self.plan.head}.weight"][0] * n for n in self.outputs]
     rows = [("shared by all tasks", sum(p.numel() for p in self.shared()), float("nan"))]
     for name, own, alone in zip(self.names, self.tasks, plain):
         rows.append((name, count_parameters(own), count_parameters(own) / alone))
@@ -599,7 +602,7 @@ def print_parameters(self: FactorizedNetwork) -> None:
     shown = self.parameter_table()
     print(shown.to_string(formatters={"parameters": "{:,}".format, "of plain": "{:.3f}".format}, na_rep=""))
 
-# %% ../nbs/18_factorize.ipynb #65e40164
+# %% ../nbs/18_factorize.ipynb #2be73123
 @patch
 def task_network(
     self: FactorizedNetwork,
@@ -609,7 +612,8 @@ def task_network(
     task = self.index_of(task)
     net = copy.deepcopy(self.form)
     path, _, last = self.plan.head.rpartition(".")
-    setattr(net.get_submodule(path), last, self.new_head(self.outputs[task]))
+    with torch.device("meta"):  # nothing is drawn
+        setattr(net.get_submodule(path), last, self.make_head(self.outputs[task]))
     with torch.no_grad():
         for name, value in self.tensors(task).items():
             path, _, last = name.rpartition(".")
