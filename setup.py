@@ -32,5 +32,6 @@ setup(
         "dask": cfg["dask_requirements"].split(),
         "docs": cfg["docs_requirements"].split(),
         "onnx": cfg["onnx_requirements"].split(),
+        "timm": cfg["timm_requirements"].split(),
     },
 )

@@ -54,10 +54,10 @@ _all_ = ["DFCNN", "HPS", "STL", "OwnTasks", "aug_transforms", "tasks_from_datase
 
 # %% auto #0
 __all__ = ['MODEL', 'FORMAT', 'FitSettings', 'StopEarly', 'Augment', 'ShowEpochs', 'plain_network', 'like', 'wilson', 'Learned',
-           'find_method', 'ImageLearner', 'image_learner', 'read_model', 'load_learner', 'compare', 'DFCNN', 'HPS',
-           'STL', 'OwnTasks', 'aug_transforms', 'tasks_from_datasets', 'tasks_from_folder']
+           'find_method', 'find_name', 'ImageLearner', 'image_learner', 'read_model', 'load_learner', 'compare',
+           'DFCNN', 'HPS', 'STL', 'OwnTasks', 'aug_transforms', 'tasks_from_datasets', 'tasks_from_folder']
 
-# %% ../nbs/50_vision.ipynb #2996802c
+# %% ../nbs/50_vision.ipynb #6b4489c3
 @dataclass(frozen=True)
 class FitSettings:
     "How each task is trained."
@@ -66,7 +66,7 @@ class FitSettings:
     patience: int = 6  # epochs without a smaller validation loss after which training stops; 0: all `epochs`
     lr: float = 3e-4  # of RMSProp in a task's first epoch
     decay: float = 1e-2  # of the learning rate, per epoch
-    batch_size: int = 10
+    batch_size: int = 10  # or all training images of a task that has fewer
     seed: int = 0  # of initial values, batches and dropout
 
     def __post_init__(self):
@@ -197,7 +197,7 @@ class Learned:
     seconds: float
     correct: list[int | None]  # after it was learned: test images that were right of each task up to it; None: no images
 
-# %% ../nbs/50_vision.ipynb #033eb5f9
+# %% ../nbs/50_vision.ipynb #34d5bd1e
 def find_method(method: str | type[LifelongNetwork]) -> Method:
     "A listed method by its name, or by its class."
     if isinstance(method, type):
@@ -206,6 +206,13 @@ def find_method(method: str | type[LifelongNetwork]) -> Method:
             raise BadInput(f"{method.__name__} is not listed as a method. List it by `registry.register`.")
         return listed[0]
     return METHODS[check_choice("method", method, METHODS)]
+
+
+def find_name(task: str, known: Sequence[str]) -> int:
+    "Place of a task in a list of names, which are a user's own and are taken as they are written."
+    if task not in known:
+        raise BadInput(f"Unknown task {brief(task)}. Choose from: {', '.join(known)}.")
+    return list(known).index(task)
 
 
 class ImageLearner:
@@ -240,9 +247,9 @@ class ImageLearner:
             raise BadInput("No task is learned yet: call `fit()` first.")
         if task is None:
             raise BadInput(f"Say of which task the image is: task={' or '.join(map(repr, known))}.")
-        return known.index(check_choice("task", task, known))
+        return find_name(task, known)
 
-# %% ../nbs/50_vision.ipynb #9a202f66
+# %% ../nbs/50_vision.ipynb #5dc03dbb
 def image_learner(
     tasks: OwnTasks,
     method: str | type[LifelongNetwork] = DFCNN,  # or its name, such as "STL-large"
@@ -262,8 +269,6 @@ def image_learner(
     method, prepare = find_method(method), tasks.prepare
     given = dict(epochs=epochs, patience=patience, lr=lr, decay=decay, batch_size=batch_size, seed=seed)
     settings = FitSettings(**{k: v for k, v in given.items() if v is not None})
-    smallest = min(len(t.train.y) for t in tasks)
-    settings = settings if batch_size else replace(settings, batch_size=min(settings.batch_size, smallest))
     outputs = max(len(t.classes) for t in tasks)
     arch = architecture_for(prepare.channels, prepare.size, outputs, method.size)
     network = method.network(arch, stream_seed(settings.seed, "init"), length=len(tasks))
@@ -273,7 +278,7 @@ def image_learner(
 
 MODEL = "model.json"
 
-# %% ../nbs/50_vision.ipynb #f3efa59c
+# %% ../nbs/50_vision.ipynb #2aad9af9
 @patch
 def fit(
     self: ImageLearner,
@@ -293,13 +298,15 @@ def fit(
 def learner(self: ImageLearner, cbs: Sequence[Callback] = ()) -> TaskLearner:
     "The fastai Learner of the next task, on a copy of the network: for `lr_find`, say."
     task, s = len(self.learned), self.settings
+    none = Split(self.tasks[task].train.x[:0], self.tasks[task].train.y[:0])
+    earlier = [Task(t.name, t.classes, none, none, none) for t in self.learned]  # their images are not needed
     return task_learner(
         copy.deepcopy(self.network),
-        self.tasks[: task + 1],
+        [*earlier, self.tasks[task]],
         [task] * s.epochs,
         s.lr,
         s.decay,
-        s.batch_size,
+        min(s.batch_size, len(self.tasks[task].train.y)),
         seed=stream_seed(s.seed, "training", task),
         device=self.device,
         cbs=[*([Augment(self.tfms, self.prepare, s.seed)] if self.tfms else []), *cbs],
@@ -402,7 +409,7 @@ def get_preds(self: ImageLearner, task: str, split: str = "test") -> tuple[torch
     network = self.network.to(self.device).eval()
     return torch.cat([network(x.to(self.device), t).softmax(1).cpu() for x in data.x.split(100)]), data.y
 
-# %% ../nbs/50_vision.ipynb #4eda0a22
+# %% ../nbs/50_vision.ipynb #3875f4c6
 def _grid(images: torch.Tensor, titles: Sequence[str], colors: Sequence[str], columns: int = 8) -> plt.Figure:
     rows = -(-len(images) // columns)
     fig, axs = plt.subplots(rows, columns, figsize=(columns * 1.2, rows * 1.4), squeeze=False)
@@ -418,7 +425,7 @@ def _grid(images: torch.Tensor, titles: Sequence[str], colors: Sequence[str], co
 @patch
 def show_batch(self: ImageLearner, task: str, n: int = 16, split: str = "train") -> plt.Figure:
     "Some images of a task, as they are given to training."
-    known = self.names.index(check_choice("task", task, self.names))
+    known = find_name(task, self.names)
     data = getattr(self.tasks[known], check_choice("split", split, ["train", "valid", "test"]))
     some = torch.linspace(0, max(0, len(data.y) - 1), min(n, len(data.y))).round().long()
     titles = [self.tasks[known].classes[c] for c in data.y[some].tolist()]
@@ -487,7 +494,7 @@ def _put(tensors: dict[str, torch.Tensor], folder: Path, what: str) -> dict[str,
 def _sha256(about: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
 
-# %% ../nbs/50_vision.ipynb #733e2675
+# %% ../nbs/50_vision.ipynb #0298abc9
 def read_model(folder: Path) -> dict[str, Any]:
     "The JSON of a model's folder, with its checksum and those of its files compared."
     try:
@@ -514,6 +521,7 @@ def load_learner(
     folder: str | Path,  # that `export` wrote
     device: str = "auto",
     tfms: Sequence[Callable] = (),  # batch transforms are not kept: they are code
+    keep: bool = False,  # keep the model in this folder while it learns more, checkpoints included
 ) -> ImageLearner:
     "A model as it was exported, ready to predict and to learn more tasks."
     folder, device = check_path("folder", folder), pick_device(device)
@@ -522,6 +530,15 @@ def load_learner(
         print(f"This model was made by dfcnn {about['dfcnn']}; this is dfcnn {dfcnn.__version__}.")
     if about["method"] not in METHODS:
         raise BadInput(f"This model's method {brief(about['method'])} is not listed in this process. List it by `registry.register`.")
+    try:
+        return _build(about, folder, device, tfms, keep)
+    except BadInput:
+        raise
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as e:
+        raise BadInput(f"'{folder}' does not fit together ({type(e).__name__}: {e}). Was it made by other code of its method?") from e
+
+
+def _build(about: dict[str, Any], folder: Path, device: torch.device, tfms: Sequence[Callable], keep: bool) -> ImageLearner:
     method, prepare = METHODS[about["method"]], Preparation(**_tuples(about["prepare"]))
     network = method.network(Architecture(**_tuples(about["architecture"])), about["seed"], length=about["length"])
     network.load_state_dict(load_tensors(folder / about["files"]["network"]["name"])[0])
@@ -531,7 +548,8 @@ def load_learner(
     for t, of in enumerate(about["tasks"]):
         test = Split(prepare.scale(kept[f"{t}.x"]), kept[f"{t}.y"]) if f"{t}.x" in kept else empty
         tasks.append(Task(of["name"], of["classes"], empty, empty, test))
-    learn = ImageLearner(network.to(device).eval(), method, tasks, prepare, FitSettings(**about["settings"]), device, None, tfms)
+    settings = FitSettings(**about["settings"])
+    learn = ImageLearner(network.to(device).eval(), method, tasks, prepare, settings, device, folder if keep else None, tfms)
     learn.learned, learn.made_with = [Learned(**of) for of in about["tasks"]], about["dfcnn"]
     return learn
 
@@ -552,7 +570,7 @@ def go_on(self: ImageLearner) -> ImageLearner:
     print(f"Learned already, by '{self.folder}': {', '.join(t.name for t in self.learned)}.")
     return self
 
-# %% ../nbs/50_vision.ipynb #b95d8c21
+# %% ../nbs/50_vision.ipynb #642ce25b
 @patch
 def add_task(
     self: ImageLearner,
@@ -573,6 +591,8 @@ def add_task(
     else:
         raise BadInput("Give the task a `name`: it is not a folder, which would have one.")
     task = replace(task, name=name or task.name)
+    if not all(len(s.y) for s in (task.train, task.valid, task.test)):
+        raise BadInput(f"Task '{task.name}' needs images to train, to validate and to test on, but one of these sets is empty.")
     if task.name in self.names:
         raise BadInput(f"There is a task '{task.name}' already. Give the new one another `name`.")
     self.network.check_classes(len(self.learned), len(task.classes))
@@ -617,7 +637,7 @@ def export_onnx(self: ImageLearner, task: str, path: str | Path) -> Path:
     torch.onnx.export(network, (image,), path, dynamo=True, verbose=False, external_data=False, **names)
     return path
 
-# %% ../nbs/50_vision.ipynb #79d6c826
+# %% ../nbs/50_vision.ipynb #37f6f6e5
 def compare(
     tasks: OwnTasks,
     methods: Sequence[str | type[LifelongNetwork]] = ("STL", "HPS", "DF-CNN"),
@@ -631,7 +651,7 @@ def compare(
         learn.fit()
         right[learn.method.title] = all_right = torch.cat([learn.outcomes(t) for t in range(len(tasks))])
         low, high = wilson(int(all_right.sum()), len(all_right))
-        each = {t.name: c / t.images[2] for t, c in zip(learn.learned, learn.learned[-1].correct)}
+        each = {f"on {t.name}": c / t.images[2] for t, c in zip(learn.learned, learn.learned[-1].correct)}
         change = learn.retention()["change"].iloc[:-1].mean()
         row = dict(method=learn.method.title, accuracy=all_right.float().mean().item(), low=low, high=high, **each)
         rows.append(row | dict(forgotten=-change, parameters=count_parameters(learn.network), seconds=sum(t.seconds for t in learn.learned)))

@@ -30,7 +30,7 @@ def small_tasks(n=3, images=20) -> list[Task]:
     ]
 
 
-@pytest.fixture(params=list(METHODS))
+@pytest.fixture(params=[m for m in METHODS if not METHODS[m].beyond])  # these: tests/test_factorize.py
 def method(request):
     return request.param
 

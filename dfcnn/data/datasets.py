@@ -5,12 +5,14 @@
 # %% ../../nbs/09_datasets.ipynb #5e8242b9
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from ..core import check_choice, check_number, stream
 from .binary import COUNTS, POOLS, multitask_dataset
+from .folders import own_data, read_folder
 from .images import Images, load_images
 from .shapes import shapes, shapes_home
 from dfcnn.data.tasks import (
@@ -23,7 +25,8 @@ from dfcnn.data.tasks import (
 )
 
 # %% auto #0
-__all__ = ['DRAWN', 'CIFAR_SPLIT', 'HOME_SPLIT', 'LIFELONG', 'MULTITASK', 'DATASETS', 'task_sequence']
+__all__ = ['DRAWN', 'CIFAR_SPLIT', 'HOME_SPLIT', 'LIFELONG', 'MULTITASK', 'DATASETS', 'task_sequence', 'list_dataset',
+           'own_dataset']
 
 # %% ../../nbs/09_datasets.ipynb #27d7465e
 DRAWN = "These images are a stand-in that the package drew itself."
@@ -100,3 +103,18 @@ def task_sequence(
     images = dataset.images(data_dir) if images is None else images
     order = torch.randperm(n_tasks, generator=stream(seed, "trial", trial, "order")).tolist()
     return [dataset.draw(images, *groups[i], seed, trial) for i in order]
+
+# %% ../../nbs/09_datasets.ipynb #3ad61eb0
+def list_dataset(dataset: DataSet) -> DataSet:
+    "List a data set in this process."
+    return DATASETS.setdefault(dataset.name, dataset)
+
+
+def own_dataset(
+    data_dir: str | Path,  # laid out as `05_folders` says
+    size: int = 64,  # height and width that all images are brought to
+    fit: str = "crop",
+) -> tuple[DataSet, Images]:
+    "The data set of a user's own folder, listed, and its images."
+    images = read_folder(data_dir, size, fit)
+    return list_dataset(own_data(images, partial(read_folder, size=size, fit=fit), fit=fit)), images

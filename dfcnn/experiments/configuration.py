@@ -12,11 +12,12 @@ from typing import Any
 
 from ..core import BadInput, brief, stream_seed
 from ..data.datasets import DATASETS
+from ..data.tasks import DataSet
 from ..methods.registry import METHODS
 from ..training.schedule import lifelong_schedule, multitask_schedule
 
 # %% auto #0
-__all__ = ['TRAINING', 'LATER', 'Training', 'RunConfig']
+__all__ = ['TRAINING', 'OWN_TRAINING', 'LATER', 'Training', 'training_of', 'RunConfig']
 
 # %% ../../nbs/31_configuration.ipynb #4179c9f7
 @dataclass(frozen=True)
@@ -40,6 +41,12 @@ TRAINING = {  # by architecture, since the stand-ins are trained as what they st
         ("cifar10-5", "cifar10-10"), Training(batch_size=20, lr=2.5e-4, decay=1e-3, epochs=2000, trials=10)
     ),
 }
+OWN_TRAINING = Training(batch_size=10, lr=3e-4, decay=1e-2, epochs=40, trials=1)  # of a user's images: see `50_vision`
+
+
+def training_of(dataset: DataSet) -> Training:
+    "How the networks of a data set are trained."
+    return OWN_TRAINING if dataset.own else TRAINING[dataset.architecture]
 
 # %% ../../nbs/31_configuration.ipynb #0dbde932
 LATER = dict(loss="sum", mean_squares_restart="task")  # fields that earlier records do not have, and their defaults
@@ -126,6 +133,8 @@ class RunConfig:
     def short(self) -> str:
         "What is shorter than in the paper, in words; empty for the paper's full schedule."
         self.check_listed()
+        if DATASETS[self.dataset].own:
+            return ""
         paper, full = TRAINING[DATASETS[self.dataset].architecture], len(DATASETS[self.dataset].groups())
         per = "in all" if self.together else "per task"
         cut = [f"{self.epochs} of {paper.epochs} epochs {per}"] if self.epochs < paper.epochs else []

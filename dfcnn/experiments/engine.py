@@ -26,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..core import BadInput, check_number, pick_device, write_text
-from ..data.datasets import DATASETS
+from ..data.datasets import DATASETS, list_dataset
 from ..data.images import Images
 from ..methods.base import LifelongNetwork
 from ..methods.registry import METHODS, Method, build_network, build_shapes
@@ -280,11 +280,13 @@ def run_in_worker(
     method: Method,  # with its network, where it is listed in the asking process alone
     images: Images | None,  # None: looked up in this process
     made_of: tuple[str, str],  # checksums that the images and the package must have
-    where: dict[str, Any],  # data_dir, output_dir, device, tf32, threads, asker, until
+    where: dict[str, Any],  # data_dir, output_dir, device, tf32, threads, asker, until, own
 ) -> list[tuple[RunConfig, Record | Failure | Unfinished]]:
     "Carry out runs in this process, whatever happens."
     folders = [Path(where["output_dir"]) / c.name for c in configs]
     METHODS[method.name] = method
+    if where["own"]:
+        list_dataset(where["own"])
     until = where["until"]
     if until and time.time() >= until:
         return [(c, Unfinished(c)) for c in configs]
@@ -333,7 +335,7 @@ def carry_out(
     until: float | None = None,  # `time.time()` of the moment at which runs stop, to go on another day
 ) -> Iterator[tuple[RunConfig, Record | Failure | Unfinished]]:
     "Results of runs as they come. Raises `WorkerDied` where a worker did."
-    groups = self.groups(configs)
+    groups, dataset = self.groups(configs), DATASETS[configs[0].dataset]
     workers = max(min(self.workers, len(groups)), 1 + apart)
     here = self.scheduler is None and workers == 1
     where = dict(
@@ -344,6 +346,7 @@ def carry_out(
         threads=self.threads,
         asker=None if self.scheduler else os.getpid(),
         until=until,
+        own=dataset if dataset.own else None,  # a worker lists a user's images, too
     )
     call, made_of = joblib.delayed(run_in_worker), (images.fingerprint, PACKAGE)
     calls = [call(g, METHODS[g[0].method], images if here else None, made_of, where) for g in groups]

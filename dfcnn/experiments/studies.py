@@ -18,12 +18,12 @@ from fastcore.meta import delegates
 
 from ..core import BadInput, brief, check_choice, check_number, check_path
 from ..data.binary import COUNTS, MultiTask, multitask_dataset
-from ..data.datasets import DATASETS, task_sequence
+from ..data.datasets import DATASETS, own_dataset, task_sequence
 from ..data.images import Images
 from ..data.tasks import DataSet, Task
 from ..methods.base import count_parameters
 from ..methods.registry import METHODS, build_shapes, can_build
-from .configuration import LATER, TRAINING, RunConfig
+from .configuration import LATER, RunConfig, training_of
 from dfcnn.experiments.engine import (
     Engine,
     Failure,
@@ -56,6 +56,12 @@ class Study:
     def dataset(self) -> DataSet:
         return DATASETS[self.configs[0].dataset]
 
+    @property
+    def classes(self) -> int | list[int]:
+        "What `build_shapes` adds: the number of tasks, or the classes of each where they may differ."
+        n = self.configs[0].tasks
+        return [len(classes) for _, classes in self.dataset.groups()[:n]] if self.dataset.own else n
+
     def tasks(self, trial: int) -> list[Task]:
         "The tasks of one trial, which are the same for every method."
         c = self.configs[0]
@@ -65,7 +71,7 @@ class Study:
 @patch
 def describe(self: Study) -> str:  # Markdown
     "What is about to be run, in one paragraph and a table of methods."
-    c, paper = self.configs[0], TRAINING[self.dataset.architecture]
+    c, paper = self.configs[0], training_of(self.dataset)
     trials = 1 + max(c.trial for c in self.configs)
     titles = list(dict.fromkeys(DATASETS[c.dataset].title for c in self.configs))
     epochs = (
@@ -107,7 +113,7 @@ def describe(self: Study) -> str:  # Markdown
         ]
     lines += ["| method | parameters for these tasks |", "|---|---:|"]
     for m in dict.fromkeys(c.method for c in self.configs):
-        network = build_shapes(m, self.dataset.architecture, c.tasks)
+        network = build_shapes(m, self.dataset.architecture, self.classes)
         lines.append(f"| {METHODS[m].title} | {count_parameters(network):,} |")
     notes = dict.fromkeys(METHODS[c.method].note for c in self.configs if not c.together)
     return "\n".join(lines + [""] + [f"* {note}" for note in notes if note])
@@ -245,7 +251,7 @@ def pick_methods(methods: str | list[str], architecture: str, together: bool = F
 # %% ../../nbs/35_studies.ipynb #4be825f7
 def base_config(dataset: DataSet, *, tasks: int | None = None, seed: int, **settings: Any) -> RunConfig:
     "The configuration that all runs of a study have in common; its method is a placeholder."
-    training, n = TRAINING[dataset.architecture], len(dataset.groups())
+    training, n = training_of(dataset), len(dataset.groups())
     return RunConfig(
         dataset.name,
         "STL",
@@ -266,7 +272,7 @@ def check_places(dataset: DataSet, data_dir: str | None, output_dir: str) -> Non
         if not (isinstance(value, (str, os.PathLike)) and str(value)):
             raise BadInput(f"Parameter '{name}' must be text, but it is {value!r} ({type(value).__name__}).")
     check_path("output_dir", output_dir)
-    if dataset.stand_in and data_dir is not None:
+    if dataset.stand_in and data_dir is not None and not dataset.own:
         real = "mnist or cifar10" if isinstance(dataset, MultiTask) else "cifar100 or officehome"
         raise BadInput(
             f"'{dataset.name}' comes with the package and takes no data_dir. For real images choose dataset"
@@ -303,9 +309,13 @@ def lay_out(
     except OSError as e:
         raise BadInput(f"Output folder '{output}' cannot be made ({e}). Choose another output_dir.") from e
     images = dataset.images(data_dir)
-    for d in datasets:
-        for name, classes in d.groups()[: config.tasks]:
-            d.pick(images, name, classes, config.seed, trial=0)  # says where there are too few images
+    picked = [
+        d.pick(images, name, classes, config.seed, trial=0)  # says where there are too few images
+        for d in datasets
+        for name, classes in d.groups()[: config.tasks]
+    ]
+    if dataset.own:  # a batch is no larger than the smallest task
+        config = replace(config, batch_size=min(config.batch_size, *(len(task[0][0]) for task in picked)))
     grid = [
         replace(config, dataset=d.name, method=m, trial=t) for d in datasets for m in methods for t in range(trials)
     ]
@@ -319,8 +329,17 @@ def scoring_interval(epochs: int, times: int, at_least: int = 1) -> int:
 
 
 
-def _is_multitask(dataset: str) -> bool:
-    return isinstance(DATASETS[dataset], MultiTask)
+def _lifelong_dataset(name: str, data_dir: str | None, size: int | None) -> DataSet:
+    "The data set that a study names; that of a user's own images is made from their folder."
+    listed = [d for d in DATASETS if not (isinstance(DATASETS[d], MultiTask) or DATASETS[d].own)]
+    name = check_choice("data set", name, [*listed, "folders"])
+    if name != "folders":
+        if size is not None:
+            raise BadInput("Parameter 'size' is for your own images, dataset 'folders'. Leave it out.")
+        return DATASETS[name]
+    if data_dir is None:
+        raise BadInput("Parameter 'data_dir' must name the folder of your own images: <data_dir>/<task>/<class>/<image>.")
+    return own_dataset(data_dir, 64 if size is None else size)[0]
 
 
 @delegates(Engine)
@@ -334,13 +353,14 @@ def lifelong_study(
     data_dir: str | None = None,  # the user's images; None: download, or drawn by the package
     output_dir: str = "reports/lifelong",  # records go to <output_dir>/<dataset>
     score_every: int | None = None,  # epochs between two scores of the task in hand; None: 200 times per task at most
+    size: int | None = None,  # of your own images (dataset "folders"), which are brought to it; None: 64
     eval_every: int | None = None,  # of earlier tasks; None: 20 times, and every tenth epoch at most
     loss: str = "sum",  # over a mini-batch (authors' code), or "mean"
     mean_squares_restart: str = "task",  # RMSProp's begin at 1 with every task (authors' code), or with every "epoch"
     **kwargs: Any,  # of `Engine`
 ) -> Study:
     "Check everything, load the images, and list the runs: every method on the same trials."
-    dataset = DATASETS[check_choice("data set", dataset, [d for d in DATASETS if not _is_multitask(d)])]
+    dataset = _lifelong_dataset(dataset, data_dir, size)
     if epochs is None:  # a first look
         score_every = dataset.look_every if score_every is None else score_every
         tasks = dataset.look_tasks if tasks is None else tasks
@@ -357,7 +377,8 @@ def lifelong_study(
         loss=check_choice("loss", loss, ["sum", "mean"]),
         mean_squares_restart=check_choice("mean_squares_restart", mean_squares_restart, ["task", "epoch"]),
     )
-    return lay_out(config, [dataset], dataset.name, methods, trials, data_dir, output_dir, Engine(**kwargs))
+    folder = "folders" if dataset.own else dataset.name
+    return lay_out(config, [dataset], folder, methods, trials, data_dir, output_dir, Engine(**kwargs))
 
 # %% ../../nbs/35_studies.ipynb #17987b97
 @delegates(Engine, but=["stack"])

@@ -875,7 +875,8 @@ def side_by_side(
     by: dict[str, list[Record]] = {"": []}
     for r in load_records(records):
         aside = set(left_out) & set(r.folder.relative_to(records).parts)
-        if not aside and r.config.dataset in DATASETS:
+        known = r.config.dataset in DATASETS and not DATASETS[r.config.dataset].own  # the paper says nothing of own images
+        if known and not aside:
             by.setdefault(variant(r.config), []).append(r)
     if not sum(map(len, by.values())) and not may_be_empty:
         raise BadInput(

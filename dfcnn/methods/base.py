@@ -5,6 +5,7 @@
 # %% ../../nbs/11_base.ipynb #a262c0a5
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
 from functools import reduce
 
@@ -15,8 +16,9 @@ from torch import nn
 from ..core import BadInput, check_choice, check_number, stream
 
 # %% auto #0
-__all__ = ['ARCHITECTURES', 'PAPER_SIZES', 'Architecture', 'pools_for', 'architecture_for', 'max_pool_same', 'conv_block',
-           'weight', 'bias', 'Convolutions', 'Dropout', 'Head', 'Parts', 'LifelongNetwork', 'count_parameters']
+__all__ = ['ARCHITECTURES', 'PAPER_SIZES', 'Architecture', 'pools_for', 'architecture_for', 'architecture_called',
+           'max_pool_same', 'conv_block', 'weight', 'bias', 'Convolutions', 'Dropout', 'Head', 'Parts',
+           'LifelongNetwork', 'count_parameters']
 
 # %% ../../nbs/11_base.ipynb #856722b1
 @dataclass(frozen=True, kw_only=True)
@@ -134,6 +136,16 @@ def architecture_for(
     name = f"own-{channels}x{size}-{outputs}" + (f"-{variant}" if variant else "")
     return replace(paper, name=name, like=like, input=(channels, size, size), pools=pools, outputs=outputs)
 
+
+def architecture_called(
+    name: str,  # a key of `ARCHITECTURES`, or the name that `architecture_for` gives, such as "own-3x64-5"
+    what: str = "architecture",  # for the refusal
+) -> Architecture:
+    "The architecture of this name, in any process."
+    if own := re.fullmatch(r"own-([13])x(\d{1,4})-(\d{1,6})(?:-(large|reduced))?", name):
+        return architecture_for(*map(int, own.groups()[:3]), own[4] or "")
+    return ARCHITECTURES[check_choice(what, name, ARCHITECTURES)]
+
 # %% ../../nbs/11_base.ipynb #34db882c
 def max_pool_same(
     x: torch.Tensor,  # (n, channels, height, width)
@@ -233,6 +245,7 @@ class LifelongNetwork(nn.Module):
 
     max_tasks: float = float("inf")  # that the network can take
     in_sequence: bool = False  # does it need its tasks one after the other?
+    may_rest: bool = False  # may what trains stay as it was? A bias before a normalization has no effect
     starts_from: type[LifelongNetwork] | None = None  # whose trained networks `start_from` is given first
 
     def __init__(

@@ -279,7 +279,7 @@ class Tensors(nn.Module):
             else:
                 node.register_buffer(last, copied)
 
-# %% ../../nbs/18_factorize.ipynb #b51810a9
+# %% ../../nbs/18_factorize.ipynb #d42e0dea
 @dataclass(frozen=True)
 class Form:
     "What is asked of an architecture: which images a network takes, and how many classes where nothing else is said."
@@ -292,6 +292,7 @@ class Form:
 class FactorizedNetwork(LifelongNetwork):
     "A CNN for many tasks, whose filters each task generates from knowledge bases that all share."
 
+    may_rest = True  # a bias, or the scale of filters, has no effect before a normalization
     keeps: int = 1  # tasks whose filters are kept in evaluation
 
     def __init__(
@@ -304,7 +305,7 @@ class FactorizedNetwork(LifelongNetwork):
     ):
         head = head_layer(net, plan.head)
         super().__init__(arch or Form(type(net).__name__, None, head.weight.shape[0]), seed)
-        self.plan, self.names, self.kept, self.start = plan, [], {}, None
+        self.plan, self.names, self.kept, self.initial = plan, [], {}, None
         self.outputs: list[int] = []  # classes of each task
         kb = [new_knowledge_base(l.base, stream(seed, "init", "kb", i)) for i, l in enumerate(plan.layers)]
         self.kb = nn.ParameterList(kb)
@@ -330,7 +331,7 @@ class FactorizedNetwork(LifelongNetwork):
     def __getstate__(self) -> dict:
         return {**self.__dict__, "kept": {}}
 
-# %% ../../nbs/18_factorize.ipynb #cae5ed0f
+# %% ../../nbs/18_factorize.ipynb #0a330e22
 @patch
 def add_task(
     self: FactorizedNetwork,
@@ -359,21 +360,24 @@ def add_task(
 def new_task(self: FactorizedNetwork, generator: torch.Generator) -> Parts:
     "What the next task owns: V and U of each layer, a new head, and the rest as it was given."
     generators = nn.ModuleList(layer.generator(generator) for layer in self.plan.layers)
-    if self.start is not None:
-        generators.load_state_dict(self.start)
+    if self.initial is not None:
+        generators.load_state_dict(self.initial)
     with seeded(self.seed, "init", "task", len(self.tasks), "head"):
-        head = self.new_head(self.outputs[len(self.tasks)])
+        head = self.make_head(self.outputs[len(self.tasks)])
     named = {f"{self.plan.head}.{k}": p for k, p in head.named_parameters()}
     return Parts(generators=generators, own=Tensors({**self.given, **named}))
 
 
 @patch
-def new_head(self: FactorizedNetwork, classes: int) -> nn.Module:
+def make_head(self: FactorizedNetwork, classes: int) -> nn.Module:
     "A head as it was given, with so many outputs and new values."
-    like, bias = self.form.get_submodule(self.plan.head), f"{self.plan.head}.bias" in self.shapes
-    if isinstance(like, nn.Linear):
-        return nn.Linear(like.in_features, classes, bias)
-    return nn.Conv2d(like.in_channels, classes, like.kernel_size, bias=bias)
+    head = copy.deepcopy(self.form.get_submodule(self.plan.head))
+    setattr(head, "out_features" if isinstance(head, nn.Linear) else "out_channels", classes)
+    for kind in head._parameters:
+        if shape := self.shapes.get(f"{self.plan.head}.{kind}"):
+            head._parameters[kind] = nn.Parameter(torch.empty(classes, *shape[1:]))
+    head.reset_parameters()
+    return head
 
 
 @patch
@@ -387,7 +391,7 @@ def load_state_dict(self: FactorizedNetwork, state: dict, *args, **kwargs):
     state._metadata = self.state_dict()._metadata  # versions of layers, without which a normalization takes itself for an old one
     return nn.Module.load_state_dict(self, state, *args, **kwargs)
 
-# %% ../../nbs/18_factorize.ipynb #eadd3be2
+# %% ../../nbs/18_factorize.ipynb #88aa20b8
 def uncast(device: torch.device):
     "A context in which mixed precision is off."
     return torch.autocast(device.type, enabled=False) if device.type in ("cpu", "cuda", "mps") else nullcontext()
@@ -421,7 +425,7 @@ def filters(self: FactorizedNetwork, task: int | str) -> list[tuple[torch.Tensor
         return self.generate(task)
     known, filters = self.kept.pop(task, ([], None))
     same = lambda before, version, p: before.data_ptr() == p.data_ptr() and version == p._version
-    if len(known) != len(made_from) or not all(same(*k, p) for k, p in zip(known, made_from)):
+    if filters is None or not all(same(*k, p) for k, p in zip(known, made_from)):
         with torch.inference_mode(False), torch.no_grad():
             filters = self.generate(task)
         known = [(p.detach(), p._version) for p in made_from]  # holds on to the memory, so that no other takes its place
@@ -532,7 +536,7 @@ def fit_filters(
     own.U[:k] = U.view(k, layer.cin, layer.cout).to(own.U)
     return kb, error
 
-# %% ../../nbs/18_factorize.ipynb #0bb5ede7
+# %% ../../nbs/18_factorize.ipynb #34b3fa74
 @patch
 def start_from_filters(
     self: FactorizedNetwork,
@@ -557,7 +561,7 @@ def start_from_filters(
         for name, value in tensors_of(self.common).items():
             value.copy_(tensors[name])
     self.given = {k: copy.deepcopy(tensors[k]) for k in self.given}
-    self.start, self.start_errors = start.state_dict(), pd.Series(errors, name="error", dtype=float)
+    self.initial, self.start_errors = start.state_dict(), pd.Series(errors, name="error", dtype=float)
     return self.start_errors
 
 # %% ../../nbs/18_factorize.ipynb #445b5c76
@@ -577,12 +581,12 @@ def factorize(
     arch = Form(type(net).__name__, images and tuple(images), head_layer(net, head).weight.shape[0])
     return FactorizedNetwork(net, plan, init, seed, arch)
 
-# %% ../../nbs/18_factorize.ipynb #3f4c11bf
+# %% ../../nbs/18_factorize.ipynb #54363e22
 @patch
 def parameter_table(self: FactorizedNetwork) -> pd.DataFrame:  # rows: shared, each task, all, separate networks
     "Parameters that tasks share, that each owns, and that separate plain networks would need."
     head = sum(shape.numel() for k, shape in self.shapes.items() if fits(self.plan.head, k, self.form))
-    plain = [self.plain_parameters - head + count_parameters(self.new_head(n)) for n in self.outputs]
+    plain = [self.plain_parameters - head + head // self.shapes[f"{self.plan.head}.weight"][0] * n for n in self.outputs]
     rows = [("shared by all tasks", sum(p.numel() for p in self.shared()), float("nan"))]
     for name, own, alone in zip(self.names, self.tasks, plain):
         rows.append((name, count_parameters(own), count_parameters(own) / alone))
@@ -598,7 +602,7 @@ def print_parameters(self: FactorizedNetwork) -> None:
     shown = self.parameter_table()
     print(shown.to_string(formatters={"parameters": "{:,}".format, "of plain": "{:.3f}".format}, na_rep=""))
 
-# %% ../../nbs/18_factorize.ipynb #65e40164
+# %% ../../nbs/18_factorize.ipynb #2be73123
 @patch
 def task_network(
     self: FactorizedNetwork,
@@ -608,7 +612,8 @@ def task_network(
     task = self.index_of(task)
     net = copy.deepcopy(self.form)
     path, _, last = self.plan.head.rpartition(".")
-    setattr(net.get_submodule(path), last, self.new_head(self.outputs[task]))
+    with torch.device("meta"):  # nothing is drawn
+        setattr(net.get_submodule(path), last, self.make_head(self.outputs[task]))
     with torch.no_grad():
         for name, value in self.tensors(task).items():
             path, _, last = name.rpartition(".")

@@ -11,11 +11,12 @@ import json
 import os
 import re
 from dataclasses import dataclass
+from typing import Sequence
 
 import torch
 
 from ..core import BadInput, brief, check_choice, simplify
-from .base import ARCHITECTURES, LifelongNetwork
+from .base import LifelongNetwork, architecture_called
 from .deconvolutional import DFCNN, DFCNNDirect, DFCNNtc2
 from .expandable import DEN
 from .factorize import DFResNet18, HPSResNet18, STLResNet18
@@ -75,22 +76,23 @@ def title_of(method: str) -> str:
 # %% ../../nbs/19_registry.ipynb #37321b09
 def build_network(
     method: str,  # a key of `METHODS`
-    architecture: str,  # a key of `ARCHITECTURES`, without its size
+    architecture: str,  # its name for `architecture_called`, without its size
     seed: int = 0,
-    n_tasks: int = 0,  # so many tasks are added at once
+    n_tasks: int | Sequence[int] = 0,  # so many tasks are added at once; or the number of classes of each
     length: int | None = None,  # tasks that will come in all; None: `n_tasks`, or ten
 ) -> LifelongNetwork:
     "The network of a method for a data set."
     m = METHODS[check_choice("method", method, METHODS)]
     name = f"{architecture}-{m.size}" if m.size else architecture
-    arch = ARCHITECTURES[check_choice(f"architecture for {m.title}", name, ARCHITECTURES)]
-    network = m.network(arch, seed, length=length or n_tasks or 10)
-    for _ in range(n_tasks):
-        network.add_task()
+    arch = architecture_called(name, f"architecture for {m.title}")
+    outputs = [None] * n_tasks if isinstance(n_tasks, int) else list(n_tasks)
+    network = m.network(arch, seed, length=length or len(outputs) or 10)
+    for n in outputs:
+        network.add_task(n)
     return network
 
 # %% ../../nbs/19_registry.ipynb #3d994698
-def build_shapes(method: str, architecture: str, n_tasks: int = 0) -> LifelongNetwork:
+def build_shapes(method: str, architecture: str, n_tasks: int | Sequence[int] = 0) -> LifelongNetwork:
     "The network of a method to be looked at and not to be used: without values, where the method can do without."
     try:
         with torch.device("meta"):

@@ -68,6 +68,6 @@ class Audit(Callback):
         }
         if beyond:
             self.refuse("changed", beyond)
-        if self.trained and changed != set(self.allowed):
+        if self.trained and changed != set(self.allowed) and not self.model.may_rest:
             self.refuse("may train, but left as they were,", set(self.allowed) - changed)
         self.changed.append(changed)
