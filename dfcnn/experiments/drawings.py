@@ -208,7 +208,7 @@ def schedule_marks(
     score_every: int = 1,
     together: bool = False,
 ) -> pd.DataFrame:  # epoch (so many are over), task, what is scored: "own", "all"
-    "The scores that a run takes after its epochs (see `21_learner`)."
+    "The scores that a run takes after its epochs (see `23_evaluation`)."
     marks, had = [], {}
     for e, task in enumerate(schedule):
         had[task] = had.get(task, 0) + 1

@@ -13,17 +13,18 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 
-from ..core import BadInput, write_text
+from ..core import BadInput, write_text, writing
 from ..data.binary import MultiTask
 from ..data.datasets import DATASETS
-from ..methods.registry import title_of
+from ..methods.registry import build_network, title_of
 from .configuration import TRAINING
+from .drawings import factorization_figure
 from .figures import LIFELONG_REPORT, MULTITASK_REPORT, caption, write_report
 from .records import Record, load_records
 from .riddle import candidate_of, riddle_caption
 
 # %% auto #0
-__all__ = ['figure_data', 'folders', 'render', 'command_of', 'notebook_title', 'index', 'render_all']
+__all__ = ['figure_data', 'folders', 'render', 'command_of', 'notebook_title', 'index', 'draw_idea', 'render_all']
 
 # %% ../../nbs/41_reports.ipynb #98dcae18
 def figure_data(fig: plt.Figure) -> pd.DataFrame:  # a row for each line and each image of values
@@ -139,8 +140,16 @@ def index(root: str | Path = "reports") -> str:  # Markdown
     return "\n".join(lines)
 
 
+def draw_idea(path: Path) -> None:
+    "The README's picture: a layer of DF-CNN for two tasks."
+    network = build_network("DF-CNN", "cifar100", n_tasks=2)
+    with writing(path) as part:
+        factorization_figure(network).savefig(part, format="png", dpi=110)
+
+
 def render_all(root: str | Path = "reports") -> None:
     "Draw everything again and write the index."
     for folder in render(root):
         print(folder)
     write_text(Path(root) / "README.md", index(root))
+    draw_idea(Path(root) / "idea.png")
