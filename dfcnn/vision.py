@@ -38,6 +38,7 @@ from .data.images import file_sha256
 from .data.tasks import Split, Task
 from .methods.base import Architecture, LifelongNetwork, architecture_for, count_parameters
 from .methods.deconvolutional import DFCNN
+from .methods.factorize import Form
 from .methods.registry import METHODS, Method
 from .methods.sharing import HPS, STL
 from .training.checkpoint import Checkpoint, checksum, load_tensors, save_tensors
@@ -540,7 +541,9 @@ def load_learner(
 
 def _build(about: dict[str, Any], folder: Path, device: torch.device, tfms: Sequence[Callable], keep: bool) -> ImageLearner:
     method, prepare = METHODS[about["method"]], Preparation(**_tuples(about["prepare"]))
-    network = method.network(Architecture(**_tuples(about["architecture"])), about["seed"], length=about["length"])
+    form = _tuples(about["architecture"])
+    arch = (Architecture if "kernels" in form else Form)(**form)  # a CNN of the paper's kind, or any network
+    network = method.network(arch, about["seed"], length=about["length"])
     network.load_state_dict(load_tensors(folder / about["files"]["network"]["name"])[0])
     kept, _ = load_tensors(folder / about["files"]["images"]["name"])
     none = torch.zeros(0, prepare.channels, prepare.size, prepare.size)

@@ -26,6 +26,7 @@ from dfcnn.training.evaluation import score
 from dfcnn.training.learner import Callback, lifelong_learner, train
 from dfcnn.training.optimizer import RMSProp, sum_cross_entropy
 from dfcnn.training.stacking import train_together
+from dfcnn.experiments.configuration import RunConfig
 from dfcnn.experiments.records import load_network
 from dfcnn.experiments.runs import run, settings
 from dfcnn.experiments.studies import lifelong_study
@@ -382,7 +383,8 @@ def test_uses_is_what_predictions_depend_on(method):
 
 
 def test_settings_are_part_of_a_record(method):
-    plan = json.loads(json.dumps(settings(method(FEW))))["plan"]
+    config = RunConfig("shapes", "STL", epochs=1, tasks=1, batch_size=10, lr=1e-3, decay=0.0, eval_every=1)
+    plan = json.loads(json.dumps(settings(method(FEW), config)))["plan"]
     assert set(plan) == set(Plan.__dataclass_fields__) and plan["head"] == "10"
 
 

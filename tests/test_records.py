@@ -15,8 +15,8 @@ from dfcnn.core import BadInput
 from dfcnn.data.datasets import DATASETS
 from dfcnn.methods.registry import build_network
 from dfcnn.training.checkpoint import save_tensors
-from dfcnn.experiments.records import load_network, load_record
-from dfcnn.experiments.runs import alone_in, run
+from dfcnn.experiments.records import folder_lock, load_network, load_record
+from dfcnn.experiments.runs import run
 
 ROOT = Path(__file__).resolve().parent.parent
 RECORDS = sorted(f.parent.relative_to(ROOT) for f in (ROOT / "reports").rglob("summary.json"))
@@ -32,9 +32,10 @@ def fresh(code: str, *args) -> str:
 
 def test_committed_records_can_be_read():
     assert any("mnist" in str(r) for r in RECORDS)
-    code = "import sys; from dfcnn.experiments.runs import load_record; [print(repr(load_record(f).config.short)) for f in sys.argv[1:]]"
-    said = fresh(code, *RECORDS).splitlines()
-    assert len(said) == len(RECORDS) and any("of 2000 epochs" in s for s in said)
+    code = "import sys; from dfcnn.experiments.records import load_record; [print(repr(load_record(f).config.short)) for f in sys.argv[1:]]"
+    records = [r for r in RECORDS if "riddle" not in r.parts]  # whose methods are listed by the notebook alone that made them
+    said = fresh(code, *records).splitlines()
+    assert len(said) == len(records) > 20 and any("of 2000 epochs" in s for s in said)
 
 
 @pytest.mark.parametrize("method", ["STL", "DF-CNN.tc2"])
@@ -45,7 +46,7 @@ def test_a_network_of_a_multi_task_record_is_loaded(method, tmp_path):
     config = load_record(ROOT / record).config
     network = build_network(method, DATASETS[config.dataset].architecture, n_tasks=config.tasks)
     save_tensors(network.state_dict(), tmp_path / "record/network.safetensors")
-    code = "import sys; from dfcnn.experiments.runs import load_network; print(len(load_network(sys.argv[1]).tasks))"
+    code = "import sys; from dfcnn.experiments.records import load_network; print(len(load_network(sys.argv[1]).tasks))"
     assert fresh(code, tmp_path / "record") == str(config.tasks) == "5"
 
 
@@ -92,5 +93,5 @@ def test_a_damaged_record_is_refused_with_advice(file, content, tmp_path):
 def test_what_a_killed_write_has_left_is_removed(tmp_path):
     for name in (".tmpAb3dEf", ".history.csv.x1y2z3"):
         (tmp_path / name).write_text("half")
-    with alone_in(tmp_path):
+    with folder_lock(tmp_path):
         assert {f.name for f in tmp_path.iterdir()} <= {".lock"}
