@@ -79,7 +79,7 @@ def test_any_network_runs_through_papermill(tmp_path):
     out = tmp_path / "out.ipynb"
     papermill(out, "epochs", 1, "tasks", 1, "methods", "DF-half", notebook=ROOT / "nbs/any_network.ipynb")
     shown = "".join(json.dumps(c.get("outputs", [])) for c in nbformat.read(out, 4).cells)
-    assert shown.count("image/png") == 3 and "a short run: 1 epochs" in out.read_text()  # idea, accuracy, curves
+    assert shown.count("image/png") == 3 and "**This is a short run**: 1 of 2000 epochs" in shown  # idea, accuracy, curves
     assert "training step" in shown and (tmp_path / "reports/any_network/shapes").is_dir()
 
 
