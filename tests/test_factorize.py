@@ -19,7 +19,7 @@ from dfcnn.data.tasks import Split, Task
 from dfcnn.methods.base import ARCHITECTURES, Architecture
 from dfcnn.methods.deconvolutional import DFCNN
 from dfcnn.methods.factorize import NetworkMethod, Plan, factorize
-from dfcnn.methods.registry import METHODS, build_network, register
+from dfcnn.methods.registry import METHODS, build_network, can_build, register
 from dfcnn.training.audit import Audit
 from dfcnn.training.checkpoint import save_tensors
 from dfcnn.training.evaluation import score
@@ -429,3 +429,26 @@ def test_methods_of_other_networks_are_not_among_all():
     assert [m.name for m in METHODS.values() if m.beyond] == ["STL-resnet18", "HPS-resnet18", "DF-resnet18"]
     with pytest.raises(BadInput, match=r"takes no images of \(1, 28, 28\)"):
         build_network("DF-resnet18", "mnist-5")
+
+
+class LooksAtValues(nn.Module):
+    "A layer that does not work on a tensor without values."
+
+    def forward(self, x):
+        return x if x.abs().sum().item() >= 0 else -x
+
+
+class Looking(NetworkMethod):
+    how = dict(head="3")
+
+    @staticmethod
+    def build():
+        return nn.Sequential(nn.Conv2d(3, 4, 3), LooksAtValues(), nn.Flatten(), nn.Linear(4 * 30 * 30, 10))
+
+
+def test_a_network_that_looks_at_values_is_asked_with_them_which_images_it_takes(monkeypatch):
+    monkeypatch.setitem(METHODS, "Looking", None)  # gone when the test is over
+    register("Looking", Looking)
+    assert can_build("Looking", "cifar100") and not can_build("Looking", "officehome")
+    with pytest.raises(BadInput, match=r"takes no images of \(3, 128, 128\)"):
+        build_network("Looking", "officehome")

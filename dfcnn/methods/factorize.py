@@ -645,12 +645,13 @@ class NetworkMethod(FactorizedNetwork):
 
 def check_images(net: nn.Module, images: tuple[int, int, int]) -> None:
     "Refuse images that a network does not take."
+    device = next(net.parameters()).device
     try:
         with torch.no_grad():
-            copy.deepcopy(net).to("meta").eval()(torch.empty(2, *images, device="meta"))
-    except NotImplementedError:  # a layer that does not work without values
-        return
+            copy.deepcopy(net).eval()(torch.zeros(2, *images, device=device))
     except Exception as e:
+        if device.type == "meta":  # a layer that needs values, perhaps: `build_shapes` asks again with them
+            raise
         raise BadInput(f"This {type(net).__name__} takes no images of {images}: {e}") from e
 
 
