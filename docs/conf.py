@@ -26,7 +26,8 @@ templates_path, exclude_patterns = [], []
 autodoc_default_options = {"members": True, "member-order": "bysource"}
 autodoc_typehints = "signature"
 autodoc_typehints_format = "short"
-autodoc_preserve_defaults = True
+autodoc_preserve_defaults = False  # what `delegates` adds to a signature has its defaults elsewhere than in the source
+viewcode_follow_imported_members = False  # what `dfcnn.vision` passes on is shown where it is defined
 python_maximum_signature_line_length = 80
 python_use_unqualified_type_names = True
 
