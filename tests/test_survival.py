@@ -98,10 +98,10 @@ def test_a_run_that_is_killed_goes_on(moment, tmp_path, undisturbed, processes):
             assert process.is_alive()
             time.sleep(0.01)
         process.join(chance.uniform(0, took))
-        killed = process.is_alive()  # else it was over before
         process.kill()
         process.join()
-    assert process.exitcode == -signal.SIGKILL
+        killed = process.exitcode == -signal.SIGKILL
+        assert killed or process.exitcode == 0  # else it was over before, and another time is chosen
     work(config, tmp_path)
     assert numbers(tmp_path / config.name) == expected
 
