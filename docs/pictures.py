@@ -16,6 +16,7 @@ import re
 import sys
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import numpy as np
 from execnb.nbio import nb2str, read_nb
 from execnb.shell import CaptureShell
@@ -54,6 +55,7 @@ def alike(one: bytes, other: bytes) -> bool:
 
 def draw(path: Path) -> dict[str, list[bytes]]:  # cell -> its pictures
     "Run what a notebook exports, its setup and its picture cells, in their order."
+    plt.close("all")  # a figure that this process left open would be shown with the first one here
     shell, drawn = CaptureShell(path, mpl_format="png"), {}
     with working_directory(path.parent):
         for cell in read_nb(path).cells:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import nbformat
 import numpy as np
 import pytest
@@ -65,6 +66,7 @@ def test_of_a_notebook_only_what_pictures_need_is_run_and_only_pictures_are_kept
     noisy = new_code_cell("1 / 0", outputs=[nbformat.v4.new_output("stream", text="old")])
     cells = (new_code_cell("#| export\nrise = [1, 2, 3]"), noisy, drawing("rise"))
     path = notebook(tmp_path / "a.ipynb", *cells)
+    plt.subplots()  # of another test in this process
     path.write_text(updated(path))
     saved = nbformat.read(path, 4).cells
     assert [len(c.outputs) for c in saved] == [0, 0, 1]
