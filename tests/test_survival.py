@@ -29,8 +29,8 @@ from dfcnn.experiments.runs import run
 from dfcnn.experiments.studies import lifelong_study
 
 PAPER = dict(batch_size=10, lr=1e-3, decay=2.5e-4, eval_every=2)
-LIFELONG = RunConfig("shapes", "DF-CNN", epochs=3, tasks=2, **PAPER)
-TOGETHER = RunConfig("digits-heterogeneous-10%", "HPS", epochs=20, tasks=5, schedule="uniform", **PAPER)
+LIFELONG = RunConfig("shapes", "DF-CNN", epochs=2, tasks=2, **PAPER)
+TOGETHER = RunConfig("digits-heterogeneous-10%", "HPS", epochs=10, tasks=5, schedule="uniform", **PAPER)
 CASES = [
     LIFELONG,
     replace(LIFELONG, method="DEN", epochs=6),  # its stages begin within an epoch, and it grows
