@@ -36,7 +36,8 @@ from dfcnn.core import (
 from .data.folders import OwnTasks, Preparation, task_from_folder, tasks_from_datasets, tasks_from_folder
 from .data.images import file_sha256
 from .data.tasks import Split, Task
-from .methods.base import Architecture, LifelongNetwork, architecture_for, count_parameters
+from .methods.architectures import Architecture, architecture_for
+from .methods.base import LifelongNetwork, count_parameters
 from .methods.deconvolutional import DFCNN
 from .methods.factorize import Form
 from .methods.registry import METHODS, Method

@@ -1,4 +1,4 @@
-"What every listed method must keep, whatever it does inside: the contract of notebook 10, and Algorithm 1 around it."
+"What every listed method must keep, whatever it does inside: the contract of `11_base`, and Algorithm 1 around it."
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 
 from dfcnn.core import BadInput
 from dfcnn.data.tasks import Split, Task
-from dfcnn.methods.base import ARCHITECTURES
+from dfcnn.methods.architectures import ARCHITECTURES
 from dfcnn.methods.expandable import DEN, Growth
 from dfcnn.methods.registry import METHODS, build_network
 from dfcnn.training.audit import Audit

@@ -16,7 +16,7 @@ from torch.nn.functional import cross_entropy
 
 from dfcnn.core import BadInput, seeded, stream
 from dfcnn.data.tasks import Split, Task
-from dfcnn.methods.base import ARCHITECTURES, Architecture
+from dfcnn.methods.architectures import ARCHITECTURES, Architecture
 from dfcnn.methods.deconvolutional import DFCNN
 from dfcnn.methods.factorize import NetworkMethod, Plan, factorize
 from dfcnn.methods.registry import METHODS, build_network, can_build, register

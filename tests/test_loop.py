@@ -11,7 +11,8 @@ import torch.nn.functional as F
 
 from dfcnn.core import BadInput
 from dfcnn.data.tasks import Split, Task
-from dfcnn.methods.base import Architecture, Dropout
+from dfcnn.methods.architectures import Architecture
+from dfcnn.methods.base import Dropout
 from dfcnn.methods.deconvolutional import DFCNN, Sizes
 from dfcnn.methods.sharing import HPS
 from dfcnn.training.checkpoint import Checkpoint

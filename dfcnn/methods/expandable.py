@@ -16,7 +16,8 @@ from fastcore.basics import patch
 from torch import nn
 
 from ..core import stream
-from .base import Architecture, Head, LifelongNetwork, Parts, bias, weight
+from .architectures import Architecture
+from .base import Head, LifelongNetwork, Parts, bias, weight
 
 with warnings.catch_warnings():  # fastai 2.8 imports parts of torch that are about to go
     warnings.simplefilter("ignore")

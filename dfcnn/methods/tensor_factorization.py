@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from ..core import BadInput, stream
-from .base import Architecture, LifelongNetwork, Parts, bias
+from .architectures import Architecture
+from .base import LifelongNetwork, Parts, bias
 from .sharing import STL
 
 # %% auto #0
