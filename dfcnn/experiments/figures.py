@@ -5,22 +5,25 @@
 # %% ../../nbs/36_figures.ipynb #0ee36477
 from __future__ import annotations
 
+import json
+import re
+from dataclasses import asdict
 from importlib.resources import files
 from pathlib import Path
 from textwrap import fill
-from typing import Callable, Sequence
+from typing import Any, Callable, Sequence
 
 import matplotlib.pyplot as plt
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 import numpy as np
 import pandas as pd
 
-from ..core import BadInput, writing
+from ..core import BadInput, write_text, writing
 from ..data.binary import MultiTask
 from ..data.datasets import DATASETS
 from ..methods.base import count_parameters
 from ..methods.registry import METHODS, build_shapes, can_build, title_of
-from .configuration import TRAINING
+from .configuration import LATER, TRAINING
 from dfcnn.experiments.metrics import (
     accuracy_by_epoch,
     accuracy_matrix,
@@ -38,7 +41,7 @@ from .records import Record
 __all__ = ['SETTINGS', 'GREYS', 'LIFELONG_REPORT', 'ABLATION_REPORT', 'MULTITASK_REPORT', 'targets', 'target', 'parameter_table',
            'size_table', 'comparable', 'by_method', 'caption', 'peak_table', 'learning_curves', 'forgetting_figure',
            'convergence_figure', 'progress_figure', 'matrix_figure', 'cost_table', 'by_fraction', 'error_table',
-           'cost_of_errors', 'error_curves', 'write_report']
+           'cost_of_errors', 'error_curves', 'settings_of', 'report_suffix', 'write_report']
 
 # %% ../../nbs/36_figures.ipynb #e7311ba1
 def targets() -> pd.DataFrame:
@@ -128,8 +131,9 @@ def caption(records: Sequence[Record]) -> str:
     c = records[0].config
     trials = len({r.config.trial for r in records})
     per = "in all" if c.together else "per task"
+    seed = f", seed {c.seed}" if c.seed else ""
     if DATASETS[c.dataset].own:
-        return f"{DATASETS[c.dataset].title}. {trials} trial{'s' if trials > 1 else ''}, {c.epochs} epochs {per}."
+        return f"{DATASETS[c.dataset].title}. {trials} trial{'s' if trials > 1 else ''}, {c.epochs} epochs {per}{seed}."
     paper = TRAINING[DATASETS[c.dataset].architecture]
     length = f"SHORT RUN: {c.short}" if c.short else f"the paper's schedule of {c.epochs} epochs {per}"
     few = "" if trials >= paper.trials else f" (paper: {paper.trials})"
@@ -138,7 +142,7 @@ def caption(records: Sequence[Record]) -> str:
     if c.together:  # one of the fractions is in the title; a table may have several
         fractions = dict.fromkeys(DATASETS[r.config.dataset].fraction for r in records)
         title = title.replace(f" {DATASETS[c.dataset].fraction} of", f" {', '.join(fractions)} of")
-    return f"{title}. {trials} trial{'s' if trials > 1 else ''}{few}, {length}{scored}."
+    return f"{title}. {trials} trial{'s' if trials > 1 else ''}{few}, {length}{scored}{seed}."
 
 # %% ../../nbs/36_figures.ipynb #bc6e8c41
 def peak_table(records: Sequence[Record]) -> pd.DataFrame:  # a row for each method, values as text
@@ -443,18 +447,43 @@ ABLATION_REPORT = {**LIFELONG_REPORT, "costs.csv": cost_table}
 MULTITASK_REPORT = {"table.csv": error_table, "costs.csv": cost_of_errors, "errors.png": error_curves}
 
 
+# %% ../../nbs/36_figures.ipynb #a65c4b30
+def settings_of(records: Sequence[Record]) -> dict[str, Any]:  # field of `RunConfig` -> value, or a list of several values
+    "What the records of a report have in common: everything but method and trial."
+    stated = [{k: v for k, v in asdict(r.config).items() if k not in ("method", "trial")} for r in records]
+    values = {k: sorted({s[k] for s in stated}) for k in stated[0]}
+    return {k: v[0] if len(v) == 1 else v for k, v in values.items()}
+
+
+def report_suffix(
+    settings: dict[str, Any],  # of the report that is to be written
+    first: dict[str, Any],  # of the first report of the folder
+) -> str:  # "" where they agree
+    "In what a report differs from the first one of its folder, for the names of its files."
+    differ = {k: v for k, v in settings.items() if first.get(k, LATER.get(k)) != v}
+    said = ["-" + k.replace("_", "-") + "+".join(map(str, v if isinstance(v, list) else [v])) for k, v in differ.items()]
+    return re.sub(r"[^\w.+%-]", "_", "".join(said))
+
+# %% ../../nbs/36_figures.ipynb #cfb7cc7a
 def write_report(
     records: Sequence[Record],
     folder: str | Path,
     report: dict[str, Callable] = LIFELONG_REPORT,  # file name -> function of the records
-) -> list[Path]:
-    "Draw every table and figure of a report into `folder`."
-    paths = [Path(folder) / name for name in report]
-    for path in paths:
-        drawn = report[path.name](records)
+) -> list[Path]:  # the files that were written
+    "Draw every table and figure of a report into `folder`, beside those of other studies."
+    folder, settings = Path(folder), settings_of(records)
+    try:
+        suffix = report_suffix(settings, json.loads((folder / "report.json").read_text())["settings"])
+    except (OSError, ValueError, LookupError, TypeError):
+        suffix = ""  # this is the first
+    paths = [folder / name.replace(".", suffix + ".") for name in report]
+    for path, draw in zip(paths, report.values()):
+        drawn = draw(records)
         with writing(path) as part:
             if path.suffix == ".csv":
                 drawn.to_csv(part)
             else:
                 drawn.savefig(part, dpi=120, format="png")
+    shown = dict(caption=caption(records), settings=settings, records=sorted(r.folder.name for r in records))
+    write_text(folder / f"report{suffix}.json", json.dumps(shown, indent=1) + "\n")
     return paths
