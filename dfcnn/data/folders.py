@@ -336,7 +336,7 @@ def _listed(classes: tuple[str, ...]) -> list[tuple[str, list[str]]]:
 
 OWN = "These images are your own."
 
-
+# %% ../../nbs/05_folders.ipynb #c6563ded
 @dataclass(frozen=True)
 class OwnData(DataSet):
     "A user's own tasks."
@@ -370,7 +370,7 @@ class OwnData(DataSet):
         sets = [Split(prepare.scale(images.x[index]), y) for index, y in self.pick(images, name, classes, seed, trial)]
         return Task(name, [c.partition("/")[2] for c in classes], *sets)
 
-
+# %% ../../nbs/05_folders.ipynb #fcf69a5d
 def own_data(
     images: Images,
     read: Any = None,  # reads the images from a data folder; None: they are given
