@@ -514,7 +514,7 @@ def read_model(folder: Path) -> dict[str, Any]:
             raise
         raise BadInput(f"'{folder}' holds no model that can be read ({type(e).__name__}: {e}). A model is what `export` writes.") from e
 
-
+# %% ../nbs/50_vision.ipynb #f4c7ecfb
 def _tuples(about: dict[str, Any]) -> dict[str, Any]:
     return {k: tuple(v) if isinstance(v, list) else v for k, v in about.items()}
 
