@@ -382,7 +382,7 @@ def own_data(
     arch = f"own-{channels}x{size}-{max(len(c) for _, c in groups)}"  # see `architecture_called`
     title = f"Own images ({', '.join(name for name, _ in groups)})"
     listed, shares = partial(_listed, tuple(images.classes)), check_shares(shares or SHARES)
-    return OwnData(f"folders-{images.fingerprint[:8]}", title, arch, read, listed, shares, True, look=20, stand_in=OWN, fit=fit)
+    return OwnData(f"folders-{images.fingerprint[:8]}", title, arch, read, listed, shares, True, quick_epochs=20, stand_in=OWN, fit=fit)
 
 # %% ../../nbs/05_folders.ipynb #297528c4
 FEW, UNEVEN = 20, 5.0  # images of a class below which, and times the smallest class above which, a remark is made

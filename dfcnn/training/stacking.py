@@ -276,15 +276,15 @@ class FastEpochs(FitCallback):
 
     order = 100  # all others have had their say
 
-    def __init__(self, carry_out: Callable[[TaskLearner], None] | None = None):  # None: by a trainer of its own
+    def __init__(self, train_epoch: Callable[[TaskLearner], None] | None = None):  # None: by a trainer of its own
         trainers = Trainers()
-        self.carry_out = carry_out or (lambda learn: trainers.epoch([learn]))
+        self.train_epoch = train_epoch or (lambda learn: trainers.epoch([learn]))
 
     def before_train(self):
         if why := by_batch(self.learn):
             say_once(f"{type(self.model).__name__} is trained batch by batch, since {why}.")
             return
-        self.carry_out(self.learn)
+        self.train_epoch(self.learn)
         raise CancelTrainException()
 
 # %% ../../nbs/27_stacking.ipynb #ea996813
