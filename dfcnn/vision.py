@@ -36,7 +36,8 @@ from dfcnn.core import (
 from .data.folders import OwnTasks, Preparation, task_from_folder, tasks_from_datasets, tasks_from_folder
 from .data.images import file_sha256
 from .data.tasks import Split, Task
-from .methods.base import Architecture, LifelongNetwork, architecture_for, count_parameters
+from .methods.architectures import Architecture, architecture_for
+from .methods.base import LifelongNetwork, count_parameters
 from .methods.deconvolutional import DFCNN
 from .methods.factorize import Form
 from .methods.registry import METHODS, Method
@@ -513,7 +514,7 @@ def read_model(folder: Path) -> dict[str, Any]:
             raise
         raise BadInput(f"'{folder}' holds no model that can be read ({type(e).__name__}: {e}). A model is what `export` writes.") from e
 
-
+# %% ../nbs/50_vision.ipynb #f4c7ecfb
 def _tuples(about: dict[str, Any]) -> dict[str, Any]:
     return {k: tuple(v) if isinstance(v, list) else v for k, v in about.items()}
 

@@ -1,4 +1,4 @@
-"What every listed method must keep, whatever it does inside: the contract of notebook 10, and Algorithm 1 around it."
+"What every listed method must keep, whatever it does inside: the contract of `11_base`, and Algorithm 1 around it."
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from dfcnn.core import BadInput
-from dfcnn.data.tasks import Split, Task
-from dfcnn.methods.base import ARCHITECTURES
+from dfcnn.data.tasks import Task
+from dfcnn.methods.architectures import ARCHITECTURES
 from dfcnn.methods.expandable import DEN, Growth
 from dfcnn.methods.registry import METHODS, build_network
+from dfcnn.testing import noise_tasks
 from dfcnn.training.audit import Audit
 from dfcnn.training.evaluation import score
 from dfcnn.training.learner import Callback, lifelong_learner, task_learner, train
@@ -23,11 +24,7 @@ HYPER = dict(epochs=2, lr=1e-3, decay=2.5e-4, batch_size=10)
 
 def small_tasks(n=3, images=20) -> list[Task]:
     "Tasks of few images, of the size of CIFAR-100."
-    g = torch.Generator().manual_seed(0)
-    split = lambda k: Split(torch.randn(k, 3, 32, 32, generator=g), torch.arange(k) % 10)
-    return [
-        Task(f"small {t}", [str(i) for i in range(10)], split(images), split(10), split(30)) for t in range(n)
-    ]
+    return noise_tasks(n, (images, 10, 30), side=32, classes=10, generator=torch.Generator().manual_seed(0))
 
 
 @pytest.fixture(params=[m for m in METHODS if not METHODS[m].beyond])  # these: tests/test_factorize.py

@@ -15,11 +15,12 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from dfcnn.core import BadInput, seeded, stream
-from dfcnn.data.tasks import Split, Task
-from dfcnn.methods.base import ARCHITECTURES, Architecture
+from dfcnn.data.tasks import Task
+from dfcnn.methods.architectures import ARCHITECTURES, Architecture
 from dfcnn.methods.deconvolutional import DFCNN
 from dfcnn.methods.factorize import NetworkMethod, Plan, factorize
 from dfcnn.methods.registry import METHODS, build_network, can_build, register
+from dfcnn.testing import noise_tasks, plain_cnn
 from dfcnn.training.audit import Audit
 from dfcnn.training.checkpoint import save_tensors
 from dfcnn.training.evaluation import score
@@ -31,23 +32,6 @@ from dfcnn.experiments.records import load_network
 from dfcnn.experiments.runs import run, settings
 from dfcnn.experiments.studies import lifelong_study
 from test_oracle import Oracle, assert_close, compare, in_tf, load
-
-
-def small() -> nn.Module:
-    "A CNN with normalization, dropout, a stride, groups and a shortcut's 1 x 1."
-    return nn.Sequential(
-        nn.Conv2d(3, 8, 3, stride=2, padding=1, bias=False),
-        nn.BatchNorm2d(8),
-        nn.ReLU(),
-        nn.Conv2d(8, 8, 5, padding=2, groups=2),
-        nn.GroupNorm(2, 8),
-        nn.ReLU(),
-        nn.Conv2d(8, 8, 1),
-        nn.AdaptiveAvgPool2d(2),
-        nn.Flatten(),
-        nn.Dropout(0.5),
-        nn.Linear(32, 10),
-    )
 
 
 def two_tasks(net: nn.Module, head: str, **how):
@@ -137,7 +121,7 @@ def test_a_trained_network_is_where_the_first_task_starts():
 
 
 def test_later_tasks_start_with_what_the_knowledge_bases_have_become():
-    net = factorize(small(), head="10")
+    net = factorize(plain_cnn(), head="10")
     net.add_task("first")
     before = [W.detach().clone() for W, _ in net.filters(0)]
     with torch.no_grad():
@@ -150,7 +134,7 @@ def test_later_tasks_start_with_what_the_knowledge_bases_have_become():
 @pytest.mark.parametrize("init", ["filters", "random"])
 def test_a_task_does_not_depend_on_the_others(init):
     with seeded(0):
-        plain = small()
+        plain = plain_cnn()
     one, two = (factorize(plain, head="10", init=init, seed=3) for _ in range(2))
     one.add_task("b", 4), one.add_task("c", 4)
     two.add_task("a", 7), two.add_task("c", 4)
@@ -167,8 +151,8 @@ from safetensors.torch import load_file
 from dfcnn.core import stream
 from dfcnn.methods.factorize import factorize
 
-{inspect.getsource(small)}
-net = factorize(small(), head="10", layers={{"3": "shared"}}, budget=1.2)
+{inspect.getsource(plain_cnn)}
+net = factorize(plain_cnn(), head="10", layers={{"3": "shared"}}, budget=1.2)
 net.load_state_dict(load_file(sys.argv[1]))
 x = torch.randn(3, 3, 8, 8, generator=stream(0))
 print(json.dumps([net.names, [net.eval()(x, n).tolist() for n in net.names]]))
@@ -176,7 +160,7 @@ print(json.dumps([net.names, [net.eval()(x, n).tolist() for n in net.names]]))
 
 
 def test_a_state_dict_restores_it_in_another_process(tmp_path):
-    net = two_tasks(small(), "10", layers={"3": "shared"}, budget=1.2)
+    net = two_tasks(plain_cnn(), "10", layers={"3": "shared"}, budget=1.2)
     x = torch.randn(3, 3, 8, 8, generator=stream(0))
     step(net, "tools", x, 3)
     save_tensors(net.state_dict(), tmp_path / "net.safetensors")
@@ -193,7 +177,7 @@ def test_a_state_dict_restores_it_in_another_process(tmp_path):
 
 
 def test_copies_and_pickles_are_of_their_own():
-    net = two_tasks(small(), "10").eval()
+    net = two_tasks(plain_cnn(), "10").eval()
     x = torch.randn(3, 3, 8, 8)
     with torch.no_grad():
         before = net(x, "birds")  # filters are kept from here
@@ -207,7 +191,7 @@ def test_copies_and_pickles_are_of_their_own():
 
 
 def test_mixed_precision_trains_and_keeps_whole_filters():
-    net = two_tasks(small(), "10")
+    net = two_tasks(plain_cnn(), "10")
     x, y = torch.randn(4, 3, 8, 8), torch.arange(4)
     with torch.autocast("cpu", torch.bfloat16):
         logits = net(x, "birds")
@@ -222,7 +206,7 @@ def test_mixed_precision_trains_and_keeps_whole_filters():
 
 
 def test_it_compiles():
-    net = two_tasks(small(), "10", budget=1.0).eval()
+    net = two_tasks(plain_cnn(), "10", budget=1.0).eval()
     x = torch.randn(3, 3, 8, 8)
     compiled = torch.compile(net, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(x, "birds"), net(x, "birds"))
@@ -306,7 +290,7 @@ class SmallMethod(NetworkMethod):
 
     @staticmethod
     def build() -> nn.Module:
-        return small()
+        return plain_cnn()
 
 
 class SmallShared(SmallMethod):
@@ -326,10 +310,7 @@ FEW = Architecture(name="few", input=(3, 8, 8), kernels=(3,), channels=(8,), poo
 
 
 def few_tasks(n=3, images=20) -> list[Task]:
-    g = torch.Generator().manual_seed(0)
-    split = lambda k: Split(torch.randn(k, 3, 8, 8, generator=g), torch.arange(k) % 10)
-    classes = [str(i) for i in range(10)]
-    return [Task(f"small {t}", classes, split(images), split(10), split(30)) for t in range(n)]
+    return noise_tasks(n, (images, 10, 30), classes=10, generator=torch.Generator().manual_seed(0))
 
 
 def learner(method, cbs=(), seed=0, **kw):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
 from functools import cache, partial
 
 import pytest
@@ -10,10 +9,11 @@ import torch
 import torch.nn.functional as F
 
 from dfcnn.core import BadInput
-from dfcnn.data.tasks import Split, Task
-from dfcnn.methods.base import Architecture, Dropout
-from dfcnn.methods.deconvolutional import DFCNN, Sizes
+from dfcnn.data.tasks import Task
+from dfcnn.methods.base import Dropout
+from dfcnn.methods.deconvolutional import DFCNN
 from dfcnn.methods.sharing import HPS
+from dfcnn.testing import TOY, TOY_SIZES, noise_tasks, precision
 from dfcnn.training.checkpoint import Checkpoint
 from dfcnn.training.learner import Callback, TaskLearner, lifelong_learner, train
 from dfcnn.training.optimizer import RMSProp
@@ -34,38 +34,22 @@ from fastai.learner import Recorder
 from fastai.metrics import accuracy
 from fastai.optimizer import Adam, OptimWrapper
 
-ARCH = Architecture(
-    name="toy", input=(3, 8, 8), kernels=(3, 3), channels=(4, 4), pools=(0, 2), hidden=(8,), outputs=4
-)
-SIZES = Sizes(((2, 3), (2, 4)), (4, 6))
-
-
-@contextmanager
-def precision(dtype):
-    "Stacking rounds otherwise, so it is compared in double precision; fastai's `Recorder` knows single precision alone."
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(torch.float32)
-
 
 @pytest.fixture
 def double_precision():
+    "Stacking rounds otherwise, so it is compared in double precision; fastai's `Recorder` knows single precision alone."
     with precision(torch.float64):
         yield
 
 
-def toy_tasks(trial: int, n_tasks: int) -> list[Task]:
-    g = torch.Generator().manual_seed(trial)
-    split = lambda n: Split(torch.randn(n, 3, 8, 8, generator=g), torch.arange(n) % 4)
-    return [Task(f"toy {t}", list("abcd"), split(21), split(9), split(20)) for t in range(n_tasks)]
+def tasks_of(trial: int, n_tasks: int) -> list[Task]:
+    return noise_tasks(n_tasks, (21, 9, 20), generator=torch.Generator().manual_seed(trial))
 
 
 def learner(trial: int = 0, cbs=(), n_tasks: int = 2, epochs: int = 2, network=None, **kw) -> TaskLearner:
-    network = network or DFCNN(ARCH, seed=trial, sizes=SIZES)
+    network = network or DFCNN(TOY, seed=trial, sizes=TOY_SIZES)
     hyper = dict(epochs=epochs, lr=1e-3, decay=1e-2, batch_size=5, seed=trial)
-    return lifelong_learner(network, toy_tasks(trial, n_tasks), **hyper, cbs=[c() for c in cbs], **kw)
+    return lifelong_learner(network, tasks_of(trial, n_tasks), **hyper, cbs=[c() for c in cbs], **kw)
 
 
 def weights(learn) -> torch.Tensor:
@@ -229,7 +213,7 @@ def test_without_a_setting_all_paths_agree(double_precision):
 
 
 def test_dropout_elsewhere_goes_by_batch():
-    learners = [learner(network=MoreDropout(ARCH)) for _ in range(2)]
+    learners = [learner(network=MoreDropout(TOY)) for _ in range(2)]
     assert "dropout elsewhere" in by_batch(learners[0])
     train(learners[0]), train_together(learners[1:])
     assert torch.equal(*map(weights, learners))
@@ -465,7 +449,7 @@ def test_validate_and_predict():
     known = learn.evaluate.history.query("split == 'valid'").iloc[-1]
     assert share == pytest.approx(known.accuracy)
     probabilities, y = learn.get_preds()
-    valid = toy_tasks(0, 2)[1].valid
+    valid = tasks_of(0, 2)[1].valid
     assert torch.equal(y, valid.y) and torch.allclose(probabilities.sum(1), torch.ones(9))
     *_, decoded, losses = learn.get_preds(with_decoded=True, with_loss=True)
     assert losses.mean().item() == pytest.approx(known.loss) and (decoded == y).double().mean() == pytest.approx(known.accuracy)

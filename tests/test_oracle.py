@@ -13,7 +13,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dfcnn.methods.base import ARCHITECTURES, conv_block
+from dfcnn.methods.architectures import ARCHITECTURES
+from dfcnn.methods.base import conv_block
 from dfcnn.methods.deconvolutional import DFCNN
 from dfcnn.methods.progressive import ProgNN
 from dfcnn.methods.sharing import HPS, STL

@@ -153,7 +153,7 @@ def multitask_dataset(source: str, distribution: str, fraction: str, pools: str 
         lambda: multitask_groups(source, distribution),
         split,
         standardized=source == "cifar10",
-        look=60 if source == "cifar10" else 200,
+        quick_epochs=60 if source == "cifar10" else 200,
         stand_in=(
             "These images are scikit-learn's handwritten digits, 8x8 pixels enlarged to 28x28, not MNIST."
             if source == "digits"

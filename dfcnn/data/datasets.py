@@ -41,10 +41,10 @@ LIFELONG = (
         shapes_groups,
         CIFAR_SPLIT,
         True,
-        look=20,
+        quick_epochs=20,
         stand_in=DRAWN,
-        look_every=5,
-        look_tasks=6,
+        quick_score_every=5,
+        quick_tasks=6,
     ),
     DataSet(
         "shapes-home",
@@ -54,7 +54,7 @@ LIFELONG = (
         shapes_home_groups,
         HOME_SPLIT,
         False,
-        look=1,
+        quick_epochs=1,
         stand_in=DRAWN,
     ),
     DataSet(
@@ -65,7 +65,7 @@ LIFELONG = (
         cifar100_groups,
         CIFAR_SPLIT,
         True,
-        look=30,
+        quick_epochs=30,
     ),
     DataSet(
         "officehome",
@@ -75,7 +75,7 @@ LIFELONG = (
         officehome_groups,
         HOME_SPLIT,
         False,
-        look=2,
+        quick_epochs=2,
     ),
 )
 MULTITASK = [

@@ -336,7 +336,7 @@ def _listed(classes: tuple[str, ...]) -> list[tuple[str, list[str]]]:
 
 OWN = "These images are your own."
 
-
+# %% ../../nbs/05_folders.ipynb #c6563ded
 @dataclass(frozen=True)
 class OwnData(DataSet):
     "A user's own tasks."
@@ -370,7 +370,7 @@ class OwnData(DataSet):
         sets = [Split(prepare.scale(images.x[index]), y) for index, y in self.pick(images, name, classes, seed, trial)]
         return Task(name, [c.partition("/")[2] for c in classes], *sets)
 
-
+# %% ../../nbs/05_folders.ipynb #fcf69a5d
 def own_data(
     images: Images,
     read: Any = None,  # reads the images from a data folder; None: they are given
@@ -382,7 +382,7 @@ def own_data(
     arch = f"own-{channels}x{size}-{max(len(c) for _, c in groups)}"  # see `architecture_called`
     title = f"Own images ({', '.join(name for name, _ in groups)})"
     listed, shares = partial(_listed, tuple(images.classes)), check_shares(shares or SHARES)
-    return OwnData(f"folders-{images.fingerprint[:8]}", title, arch, read, listed, shares, True, look=20, stand_in=OWN, fit=fit)
+    return OwnData(f"folders-{images.fingerprint[:8]}", title, arch, read, listed, shares, True, quick_epochs=20, stand_in=OWN, fit=fit)
 
 # %% ../../nbs/05_folders.ipynb #297528c4
 FEW, UNEVEN = 20, 5.0  # images of a class below which, and times the smallest class above which, a remark is made

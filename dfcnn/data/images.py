@@ -37,10 +37,10 @@ from ..core import BadInput, brief, cache_dir, check_path, simplify, write_text,
 # %% auto #0
 __all__ = ['CIFAR100_SUPERCLASSES', 'CIFAR100_CLASSES', 'OFFICEHOME_CLASSES', 'LAYOUTS', 'IMAGE_SUFFIXES', 'MOST_FILES',
            'MOST_BYTES', 'MOST_OF_ONE', 'MOST_PIXELS', 'IDX', 'MOST_OF_IDX', 'ARCHIVES', 'Images', 'Layout',
-           'check_file', 'check_size', 'read_file', 'Member', 'members', 'decode', 'build', 'read_files',
-           'read_parquet', 'network', 'read_torchvision', 'from_arrays', 'idx_file', 'read_idx_file', 'read_idx',
-           'file_sha256', 'fetch', 'download_parquet', 'digits', 'locate', 'source_key', 'save_images', 'load_saved',
-           'cached', 'load_images']
+           'check_file', 'check_size', 'read_file', 'Member', 'members', 'decode', 'build', 'check_complete',
+           'read_files', 'read_parquet', 'network', 'read_torchvision', 'from_arrays', 'idx_file', 'read_idx_file',
+           'read_idx', 'file_sha256', 'fetch', 'download_parquet', 'digits', 'locate', 'source_key', 'save_images',
+           'load_saved', 'cached', 'load_images']
 
 # %% ../../nbs/01_images.ipynb #51b3b32b
 @dataclass
@@ -122,7 +122,7 @@ class Layout:
     channels: int = 3  # 1: grey
     torchvision: tuple[str, str] = ("", "")  # its class in torchvision, and the folder that this downloads to
 
-
+# %% ../../nbs/01_images.ipynb #3195ba64
 def _how(title: str, name: str, folder: str, more: str = "") -> str:
     "The ways to a data set that torchvision knows."
     return (
@@ -133,67 +133,68 @@ def _how(title: str, name: str, folder: str, more: str = "") -> str:
     )
 
 
-LAYOUTS = {
-    "cifar100": Layout(
-        "cifar100",
-        "CIFAR-100",
-        ("train", "test"),
-        tuple(CIFAR100_CLASSES),
-        32,
-        False,
-        least=(20, 100),  # 17 + 3 to train and validate on (4% of 500), all 100 test images
-        folders=("cifar100", ""),
-        how_to_get=_how("CIFAR-100", "cifar100", "cifar-100-python"),
-        torchvision=("CIFAR100", "cifar-100-python"),
-    ),
-    "cifar10": Layout(
-        "cifar10",
-        "CIFAR-10",
-        ("train", "test"),
-        tuple("airplane automobile bird cat deer dog frog horse ship truck".split()),
-        32,
-        False,
-        least=(200, 1000),  # the smallest fraction of Table 2; larger ones say themselves what they need
-        folders=("cifar10", ""),
-        how_to_get=_how("CIFAR-10", "cifar10", "cifar-10-batches-py"),
-        torchvision=("CIFAR10", "cifar-10-batches-py"),
-    ),
-    "mnist": Layout(
+_cifar100 = Layout(
+    "cifar100",
+    "CIFAR-100",
+    ("train", "test"),
+    tuple(CIFAR100_CLASSES),
+    32,
+    False,
+    least=(20, 100),  # 17 + 3 to train and validate on (4% of 500), all 100 test images
+    folders=("cifar100", ""),
+    how_to_get=_how("CIFAR-100", "cifar100", "cifar-100-python"),
+    torchvision=("CIFAR100", "cifar-100-python"),
+)
+_cifar10 = Layout(
+    "cifar10",
+    "CIFAR-10",
+    ("train", "test"),
+    tuple("airplane automobile bird cat deer dog frog horse ship truck".split()),
+    32,
+    False,
+    least=(200, 1000),  # the smallest fraction of Table 2; larger ones say themselves what they need
+    folders=("cifar10", ""),
+    how_to_get=_how("CIFAR-10", "cifar10", "cifar-10-batches-py"),
+    torchvision=("CIFAR10", "cifar-10-batches-py"),
+)
+_mnist = Layout(
+    "mnist",
+    "MNIST",
+    ("train", "test"),
+    tuple("0123456789"),
+    28,
+    False,
+    least=(180, 890),  # the smallest fraction of Table 1; the test set has 892 fives
+    folders=("mnist", ""),
+    how_to_get=_how(
+        "MNIST",
         "mnist",
         "MNIST",
-        ("train", "test"),
-        tuple("0123456789"),
-        28,
-        False,
-        least=(180, 890),  # the smallest fraction of Table 1; the test set has 892 fives
-        folders=("mnist", ""),
-        how_to_get=_how(
-            "MNIST",
-            "mnist",
-            "MNIST",
-            "; (d) the idx files `train-images-idx3-ubyte(.gz)` and so on, in data_dir",
-        ),
-        channels=1,
-        torchvision=("MNIST", "MNIST"),
+        "; (d) the idx files `train-images-idx3-ubyte(.gz)` and so on, in data_dir",
     ),
-    "officehome": Layout(
-        "officehome",
-        "Office-Home",
-        ("Product", "Real World"),
-        tuple(OFFICEHOME_CLASSES),
-        128,
-        True,
-        least=(4, 4),  # one to validate, one to test, two to train on
-        folders=("officehome", "OfficeHomeDataset_10072016", ""),
-        how_to_get=(
-            "Office-Home can come from (a) the original archive, unpacked: get"
-            " `OfficeHomeDataset_10072016.zip` from https://www.hemanthdv.org/officeHomeDataset.html and pass"
-            " the folder that holds `Product` and `Real World` as data_dir; (b) the parquet files of the"
-            " public data set `flwrlabs/office-home`, in data_dir; (c) their download, which happens by"
-            " itself when no data_dir is given and there is a network."
-        ),
+    channels=1,
+    torchvision=("MNIST", "MNIST"),
+)
+
+# %% ../../nbs/01_images.ipynb #c7cfc1c1
+_officehome = Layout(
+    "officehome",
+    "Office-Home",
+    ("Product", "Real World"),
+    tuple(OFFICEHOME_CLASSES),
+    128,
+    True,
+    least=(4, 4),  # one to validate, one to test, two to train on
+    folders=("officehome", "OfficeHomeDataset_10072016", ""),
+    how_to_get=(
+        "Office-Home can come from (a) the original archive, unpacked: get"
+        " `OfficeHomeDataset_10072016.zip` from https://www.hemanthdv.org/officeHomeDataset.html and pass"
+        " the folder that holds `Product` and `Real World` as data_dir; (b) the parquet files of the"
+        " public data set `flwrlabs/office-home`, in data_dir; (c) their download, which happens by"
+        " itself when no data_dir is given and there is a network."
     ),
-}
+)
+LAYOUTS = {layout.name: layout for layout in (_cifar100, _cifar10, _mnist, _officehome)}
 
 # %% ../../nbs/01_images.ipynb #808fb579
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp"}
@@ -350,7 +351,21 @@ def build(
         bar.update(bar.total)
     order = sorted(range(len(kept)), key=kept.__getitem__)  # an archive and its folder give the same record
     part, y = (torch.tensor([kept[i][k] for i in order], dtype=torch.int64) for k in (0, 1))
-    count = torch.zeros(len(parts), len(classes), dtype=torch.int64)
+    check_complete(layout, part, y, strangers, source)
+    return Images(
+        torch.from_numpy(np.stack([x[i] for i in order])), y, part, list(layout.classes), list(layout.parts)
+    )
+
+# %% ../../nbs/01_images.ipynb #5a48eab6
+def check_complete(
+    layout: Layout,
+    part: torch.Tensor,  # of each image
+    y: torch.Tensor,  # class of each image
+    strangers: Iterable[str],  # folders that are no class
+    source: str,  # named in the refusal
+) -> None:
+    "Refuse images that leave a class of a part with too few, or that come with classes of another data set."
+    count = torch.zeros(len(layout.parts), len(layout.classes), dtype=torch.int64)
     count.index_put_((part, y), torch.ones_like(y), accumulate=True)
     short = [
         f"{layout.parts[p]}/{layout.classes[c]} ({count[p, c]} of at least {layout.least[p]})"
@@ -363,11 +378,8 @@ def build(
         raise BadInput(
             f"'{source}' is not a complete {layout.title}: {'; '.join(problems)}. {layout.how_to_get}"
         )
-    return Images(
-        torch.from_numpy(np.stack([x[i] for i in order])), y, part, list(layout.classes), list(layout.parts)
-    )
 
-
+# %% ../../nbs/01_images.ipynb #069cab0b
 def read_files(layout: Layout, source: Path) -> Images:
     "Images of a folder or archive laid out as `.../<part>/<class>/<file>`."
     parts, folders = {simplify(p) for p in layout.parts}, {}
@@ -688,7 +700,7 @@ def source_key(layout: Layout, kind: str, where: Path | list[Path]) -> str:
         h.update(os.fsencode(f) + f"/{stat.st_size}/{stat.st_mtime_ns}".encode())
     return h.hexdigest()
 
-
+# %% ../../nbs/01_images.ipynb #65700885
 def save_images(images: Images, path: Path) -> None:
     "Keep `images` as a safetensors file, written whole or not at all."
     meta = dict(
@@ -715,7 +727,7 @@ def load_saved(path: Path) -> Images | None:
     except (SafetensorError, OSError, KeyError, TypeError, ValueError):
         return None
 
-
+# %% ../../nbs/01_images.ipynb #a3a95149
 def cached(key: str, make: Callable[[], Images]) -> Images:
     "The images kept under `key`, or else those of `make()`, which are then kept."
     path = cache_dir() / f"{key}.safetensors"

@@ -142,10 +142,10 @@ class DataSet:
     groups: Callable[[], list[tuple[str, list[str]]]]
     split: dict  # rule of `split_counts`
     standardized: bool
-    look: int  # epochs per task of a run that is a first look and no reproduction: see `runs`
+    quick_epochs: int  # per task, of a first run that shows that all works: short, and no reproduction
     stand_in: str = ""  # what the images are, where they are not the paper's
-    look_every: int = 1  # epochs between two scores of the task in hand in that first look
-    look_tasks: int | None = None  # and its number of tasks; None: all
+    quick_score_every: int = 1  # epochs between two scores of the task in hand, in such a run
+    quick_tasks: int | None = None  # and its number of tasks; None: all
 
     def pick(
         self, images: Images, name: str, classes: list[str], seed: int, trial: int

@@ -10,6 +10,8 @@ import json
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from fastcore.basics import patch
+
 from ..core import BadInput, brief, stream_seed
 from ..data.datasets import DATASETS
 from ..data.tasks import DataSet
@@ -77,65 +79,75 @@ class RunConfig:
             if not isinstance(value := getattr(self, f.name), kinds[f.type]):
                 raise BadInput(f"'{f.name}' of a run must be of type {f.type}, but it is {brief(value)}.")
 
-    def check_listed(self):
-        "Refuse a data set or a method that this process does not list."
-        for what, name, listed in (("data set", self.dataset, DATASETS), ("method", self.method, METHODS)):
-            if name not in listed:
-                raise BadInput(
-                    f"The {what} {brief(name)} is not listed in this process. Listed are {', '.join(listed)}. A"
-                    " method of your own is listed by `registry.register`."
-                )
+# %% ../../nbs/31_configuration.ipynb #0d6f4820
+@patch(as_prop=True)
+def stated(self: RunConfig) -> dict[str, Any]:
+    "The fields as a record states them: those that came later only where they are not as they always were."
+    return {k: v for k, v in asdict(self).items() if LATER.get(k) != v}
 
-    @property
-    def stated(self) -> dict[str, Any]:
-        "The fields as a record states them: those that came later only where they are not as they always were."
-        return {k: v for k, v in asdict(self).items() if LATER.get(k) != v}
 
-    @property
-    def name(self) -> str:
-        "Folder of the record: readable, and different for every configuration."
-        digest = hashlib.sha256(json.dumps(self.stated, sort_keys=True).encode()).hexdigest()
-        return f"{self.method}-trial{self.trial}-{digest[:8]}"
+@patch(as_prop=True)
+def name(self: RunConfig) -> str:
+    "Folder of the record: readable, and different for every configuration."
+    digest = hashlib.sha256(json.dumps(self.stated, sort_keys=True).encode()).hexdigest()
+    return f"{self.method}-trial{self.trial}-{digest[:8]}"
 
-    @property
-    def together(self) -> bool:
-        "Are all tasks there from the start?"
-        return self.schedule != "lifelong"
+# %% ../../nbs/31_configuration.ipynb #e157aa96
+@patch(as_prop=True)
+def together(self: RunConfig) -> bool:
+    "Are all tasks there from the start?"
+    return self.schedule != "lifelong"
 
-    @property
-    def task_of_epoch(self) -> list[int]:
-        "The task of every epoch, which is the same for all methods of a trial."
-        if not self.together:
-            return lifelong_schedule(self.tasks, self.epochs)
-        return multitask_schedule(self.tasks, self.epochs, self.schedule, self.seed_of("schedule"))
 
-    def seed_of(self, purpose: str) -> int:
-        "The trial's seed for initial values (`init`), batches and dropout (`training`), or the `schedule`."
-        return stream_seed(self.seed, "trial", self.trial, purpose)
+@patch(as_prop=True)
+def task_of_epoch(self: RunConfig) -> list[int]:
+    "The task of every epoch, which is the same for all methods of a trial."
+    if not self.together:
+        return lifelong_schedule(self.tasks, self.epochs)
+    return multitask_schedule(self.tasks, self.epochs, self.schedule, self.seed_of("schedule"))
 
-    @property
-    def learning(self) -> dict[str, Any]:
-        "What `task_learner` is told by this configuration."
-        return dict(
-            schedule=self.task_of_epoch,
-            together=self.together,
-            lr=self.lr,
-            decay=self.decay,
-            batch_size=self.batch_size,
-            seed=self.seed_of("training"),
-            eval_every=self.eval_every,
-            score_every=self.score_every,
-            loss=self.loss,
-            mean_squares_restart=self.mean_squares_restart,
-        )
 
-    @property
-    def short(self) -> str:
-        "What is shorter than in the paper, in words; empty for the paper's full schedule."
-        self.check_listed()
-        if DATASETS[self.dataset].own:
-            return ""
-        paper, full = TRAINING[DATASETS[self.dataset].architecture], len(DATASETS[self.dataset].groups())
-        per = "in all" if self.together else "per task"
-        cut = [f"{self.epochs} of {paper.epochs} epochs {per}"] if self.epochs < paper.epochs else []
-        return " and ".join(cut + ([f"{self.tasks} of {full} tasks"] if self.tasks < full else []))
+@patch
+def seed_of(self: RunConfig, purpose: str) -> int:
+    "The trial's seed for initial values (`init`), batches and dropout (`training`), or the `schedule`."
+    return stream_seed(self.seed, "trial", self.trial, purpose)
+
+# %% ../../nbs/31_configuration.ipynb #f3272092
+@patch(as_prop=True)
+def learning(self: RunConfig) -> dict[str, Any]:
+    "What `task_learner` is told by this configuration."
+    return dict(
+        schedule=self.task_of_epoch,
+        together=self.together,
+        lr=self.lr,
+        decay=self.decay,
+        batch_size=self.batch_size,
+        seed=self.seed_of("training"),
+        eval_every=self.eval_every,
+        score_every=self.score_every,
+        loss=self.loss,
+        mean_squares_restart=self.mean_squares_restart,
+    )
+
+# %% ../../nbs/31_configuration.ipynb #d4f42eb0
+@patch
+def check_listed(self: RunConfig):
+    "Refuse a data set or a method that this process does not list."
+    for what, name, listed in (("data set", self.dataset, DATASETS), ("method", self.method, METHODS)):
+        if name not in listed:
+            raise BadInput(
+                f"The {what} {brief(name)} is not listed in this process. Listed are {', '.join(listed)}. A"
+                " method of your own is listed by `registry.register`."
+            )
+
+
+@patch(as_prop=True)
+def short(self: RunConfig) -> str:
+    "What is shorter than in the paper, in words; empty for the paper's full schedule."
+    self.check_listed()
+    if DATASETS[self.dataset].own:
+        return ""
+    paper, full = TRAINING[DATASETS[self.dataset].architecture], len(DATASETS[self.dataset].groups())
+    per = "in all" if self.together else "per task"
+    cut = [f"{self.epochs} of {paper.epochs} epochs {per}"] if self.epochs < paper.epochs else []
+    return " and ".join(cut + ([f"{self.tasks} of {full} tasks"] if self.tasks < full else []))

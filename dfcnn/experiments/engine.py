@@ -325,7 +325,7 @@ def groups(self: Engine, configs: Sequence[RunConfig]) -> list[list[RunConfig]]:
 
 
 @patch
-def carry_out(
+def results_of(
     self: Engine,
     configs: Sequence[RunConfig],
     images: Images,

@@ -215,7 +215,7 @@ def _mean_over_trials(
     values = pd.concat([metric(r.history) for r in rs], axis=1)
     return values.apply(lambda row: pd.Series(mean_ci(row.dropna()), ["mean", "half"]), axis=1)
 
-
+# %% ../../nbs/36_figures.ipynb #feb96442
 def learning_curves(records: Sequence[Record]) -> plt.Figure:
     "Test accuracy of every learned task over the epochs of the run, a panel for each method (Fig. 4, 6, 7)."
     groups, c = by_method(records), records[0].config
@@ -373,7 +373,7 @@ def by_fraction(records: Sequence[Record]) -> dict[str, list[Record]]:  # fracti
         groups.setdefault(data.fraction, []).append(r)
     return groups
 
-
+# %% ../../nbs/36_figures.ipynb #4fd88d66
 def error_table(records: Sequence[Record]) -> pd.DataFrame:  # a row for each method, values as text
     "Table 1 or 2: test errors by fraction, the paper's, and whether the one's interval holds the other."
     rows: dict[str, dict[str, str]] = {}
@@ -402,7 +402,7 @@ def error_table(records: Sequence[Record]) -> pd.DataFrame:  # a row for each me
                 )
     return pd.DataFrame(rows).T.fillna("").rename_axis("model")
 
-
+# %% ../../nbs/36_figures.ipynb #04e211e4
 def cost_of_errors(records: Sequence[Record]) -> pd.DataFrame:  # a row for each method and fraction
     "What a table of errors does not show: best epoch, last error, seconds; means over trials."
     keys = ["valid_error", "last_test_error", "best_epoch", "training_seconds", "evaluation_seconds"]
@@ -413,7 +413,7 @@ def cost_of_errors(records: Sequence[Record]) -> pd.DataFrame:  # a row for each
     ]
     return pd.DataFrame(rows, columns=["model", "fraction", *keys]).set_index(["model", "fraction"]).round(4)
 
-
+# %% ../../nbs/36_figures.ipynb #cb2c1896
 def error_curves(records: Sequence[Record]) -> plt.Figure:
     "Mean test error over tasks and trials by epoch, a panel for each fraction."
     groups = by_fraction(records)

@@ -16,6 +16,7 @@ import joblib
 import numpy as np
 import pandas as pd
 import torch
+from fastcore.basics import patch
 
 from ..core import BadInput, check_number, check_path, pick_device
 from ..data.binary import COUNTS, MultiTask
@@ -31,8 +32,8 @@ from .studies import Study, lifelong_study, multitask_study, scoring_interval
 from .verdicts import SideBySide, side_by_side, variant
 
 # %% auto #0
-__all__ = ['PLAN', 'HOME_IMAGES', 'SCORED', 'Stage', 'images_of_task', 'step_seconds', 'hours_of', 'identity', 'Shelf', 'Paper',
-           'whole_paper']
+__all__ = ['PLAN', 'HOME_IMAGES', 'SCORED', 'Stage', 'step_seconds', 'images_of_task', 'hours_of', 'identity', 'Shelf', 'turn',
+           'Paper', 'whole_paper']
 
 # %% ../../nbs/39_paper.ipynb #9ceab36f
 @dataclass(frozen=True)
@@ -61,28 +62,32 @@ class Stage:
         "Epochs of a run."
         return self.epochs or TRAINING[DATASETS[self.datasets[0]].architecture].epochs
 
-    def configs(self) -> list[RunConfig]:
-        "Its runs, trial by trial, so that what is compared is there early."
-        found = []
-        for trial in range(self.trials):
-            for name in self.datasets:
-                data, together = DATASETS[name], bool(self.fractions)
-                t = TRAINING[data.architecture]
-                every = (1, 10) if together else (scoring_interval(self.length, 200), scoring_interval(self.length, 20, 10))
-                form = dict(batch_size=t.batch_size, lr=t.lr, decay=t.decay, score_every=every[0], eval_every=every[1])
-                form |= dict(schedule="uniform" if together else "lifelong", tasks=len(data.groups()), trial=trial)
-                found += [RunConfig(name, m, self.length, **form) for m in self.methods.split()]
-        return found
+# %% ../../nbs/39_paper.ipynb #31754791
+@patch
+def configs(self: Stage) -> list[RunConfig]:
+    "Its runs, trial by trial, so that what is compared is there early."
+    found = []
+    for trial in range(self.trials):
+        for name in self.datasets:
+            data, together = DATASETS[name], bool(self.fractions)
+            t = TRAINING[data.architecture]
+            every = (1, 10) if together else (scoring_interval(self.length, 200), scoring_interval(self.length, 20, 10))
+            form = dict(batch_size=t.batch_size, lr=t.lr, decay=t.decay, score_every=every[0], eval_every=every[1])
+            form |= dict(schedule="uniform" if together else "lifelong", tasks=len(data.groups()), trial=trial)
+            found += [RunConfig(name, m, self.length, **form) for m in self.methods.split()]
+    return found
 
-    def study(self, **kw) -> Study:  # arguments that both kinds of study have
-        "All its runs as a study; images are loaded here."
-        kw |= dict(methods=self.methods, epochs=self.length, trials=self.trials)
-        if not self.fractions:
-            return lifelong_study(self.dataset, **kw)
-        source, distribution = self.dataset.split("-")
-        return multitask_study(source, distribution, self.fractions, **kw)
+# %% ../../nbs/39_paper.ipynb #e9449850
+@patch
+def study(self: Stage, **kw) -> Study:  # arguments that both kinds of study have
+    "All its runs as a study; images are loaded here."
+    kw |= dict(methods=self.methods, epochs=self.length, trials=self.trials)
+    if not self.fractions:
+        return lifelong_study(self.dataset, **kw)
+    source, distribution = self.dataset.split("-")
+    return multitask_study(source, distribution, self.fractions, **kw)
 
-
+# %% ../../nbs/39_paper.ipynb #55f0e4b3
 _TABLE = "STL HPS TF TF-distillation DF-CNN.direct DF-CNN DF-CNN.tc2"
 _REST = "STL-large ProgNN DEN DF-CNN-reduced DF-CNN.tc2"
 _HOME = "STL STL-large HPS ProgNN DEN DF-CNN"
@@ -107,37 +112,6 @@ PLAN = (
 )
 
 # %% ../../nbs/39_paper.ipynb #e17008ba
-HOME_IMAGES = (528, 88, 264)  # to train, validate and test on, of a task of Office-Home on average, where there are no images to count
-
-
-def images_of_task(dataset: str) -> tuple[int, int, int]:
-    "Images of one task to train, validate and test on."
-    data = DATASETS[dataset]
-    if isinstance(data, MultiTask):
-        return tuple(data.split.values())
-    if "test" in data.split:
-        return HOME_IMAGES
-    classes = len(data.groups()[0][1])
-    return data.split["train"] * classes, data.split["valid"] * classes, 100 * classes
-
-
-SCORED = 0.3  # of the time of an image in training
-
-
-@lru_cache
-def _flops(method: str, architecture: str, tasks: int, batch_size: int) -> int:
-    return step_flops(method, architecture, tasks, batch_size)
-
-
-@lru_cache
-def _later_move_earlier(method: str, architecture: str) -> bool:
-    "Does a later task change what an earlier one predicts? If not, it is not scored again."
-    with suppress(RuntimeError):  # a network that looks at its values, as DEN does
-        network = build_shapes(method, architecture, 2)
-        return not set(network.trains(1)).isdisjoint(network.uses(0))
-    return True
-
-
 @lru_cache
 def step_seconds(architecture: str, batch_size: int, device: torch.device, longest: float = 1.0) -> float:
     "The median time of a training step of STL on this machine, from five steps or `longest` seconds."
@@ -156,6 +130,37 @@ def step_seconds(architecture: str, batch_size: int, device: torch.device, longe
                 torch.cuda.synchronize(device)
             took.append(clock() - start)
     return float(np.median(took[1:]))  # the first one sets up
+
+# %% ../../nbs/39_paper.ipynb #60370938
+HOME_IMAGES = (528, 88, 264)  # to train, validate and test on, of a task of Office-Home on average, where there are no images to count
+
+
+def images_of_task(dataset: str) -> tuple[int, int, int]:
+    "Images of one task to train, validate and test on."
+    data = DATASETS[dataset]
+    if isinstance(data, MultiTask):
+        return tuple(data.split.values())
+    if "test" in data.split:
+        return HOME_IMAGES
+    classes = len(data.groups()[0][1])
+    return data.split["train"] * classes, data.split["valid"] * classes, 100 * classes
+
+# %% ../../nbs/39_paper.ipynb #b096caaf
+SCORED = 0.3  # of the time of an image in training
+
+
+@lru_cache
+def _flops(method: str, architecture: str, tasks: int, batch_size: int) -> int:
+    return step_flops(method, architecture, tasks, batch_size)
+
+
+@lru_cache
+def _later_move_earlier(method: str, architecture: str) -> bool:
+    "Does a later task change what an earlier one predicts? If not, it is not scored again."
+    with suppress(RuntimeError):  # a network that looks at its values, as DEN does
+        network = build_shapes(method, architecture, 2)
+        return not set(network.trains(1)).isdisjoint(network.uses(0))
+    return True
 
 
 def hours_of(config: RunConfig, device: torch.device = torch.device("cpu")) -> float:
@@ -206,7 +211,12 @@ class Shelf:
         made_of = self.there.get(identity(config), set())
         return images.fingerprint in made_of if images else bool(made_of)
 
-# %% ../../nbs/39_paper.ipynb #eea2dc75
+# %% ../../nbs/39_paper.ipynb #dce5b5f9
+def turn(hours: float, left: float) -> str:
+    "When something that takes so many hours has its turn, if so many are left."
+    return "in the time" if hours <= left else "begun" if left > 0 else "another time"
+
+
 @dataclass
 class Paper:
     "The paper's runs: what there is, what is missing, and what can be trained in the time."
@@ -230,85 +240,94 @@ class Paper:
             missing = [c for c in runs if not self.shelf.has(c)]
             begun |= {identity(c) for c in missing}
             hours = sum(hours_of(c, self.device) for c in missing) / self.workers
-            when = "" if not missing or not self.hours else "in the time" if hours <= left else "begun" if left > 0 else "another time"
+            when = turn(hours, left) if missing and self.hours else ""
             when = when if at_hand else "left out: no images"
             self.rows.append((stage, missing, hours, when, len(runs)))
             spent += hours if at_hand else 0
 
-    @property
-    def plan(self) -> pd.DataFrame:  # a row for each stage
-        "What is to be trained, in this order."
-        rows, total = [], 0.0
-        for stage, missing, hours, when, n in self.rows:
-            total += hours
-            rows.append(
-                {
-                    "runs": stage.what,
-                    "data": stage.dataset + f", {stage.fractions}" * bool(stage.fractions),
-                    "methods": ", ".join(title_of(m) for m in stage.methods.split()),
-                    "trials": stage.trials,
-                    "epochs": stage.length,
-                    "decides": stage.decides,
-                    "there": f"{n - len(missing)} of {n}",
-                    "hours for the rest": hours,
-                    "hours so far": total,
-                    "when": when,
-                }
-            )
-        return pd.DataFrame(rows)
+# %% ../../nbs/39_paper.ipynb #f2a0898b
+@patch(as_prop=True)
+def plan(self: Paper) -> pd.DataFrame:  # a row for each stage
+    "What is to be trained, in this order."
+    rows, total = [], 0.0
+    for stage, missing, hours, when, n in self.rows:
+        total += hours
+        rows.append(
+            {
+                "runs": stage.what,
+                "data": stage.dataset + f", {stage.fractions}" * bool(stage.fractions),
+                "methods": ", ".join(title_of(m) for m in stage.methods.split()),
+                "trials": stage.trials,
+                "epochs": stage.length,
+                "decides": stage.decides,
+                "there": f"{n - len(missing)} of {n}",
+                "hours for the rest": hours,
+                "hours so far": total,
+                "when": when,
+            }
+        )
+    return pd.DataFrame(rows)
 
-    def describe(self) -> str:  # Markdown
-        "What this machine can do in the time, in words."
-        left = sum(hours for _, _, hours, _, _ in self.rows)
-        where = f"on {self.device}, {self.workers} run{'s' * (self.workers > 1)} at a time"
-        lines = [f"All that is missing takes about **{left:,.0f} hours** {where}."]
-        if self.hours:
-            whole = [s.what for s, missing, _, when, _ in self.rows if when == "in the time" and missing]
-            part = [s.what for s, _, _, when, _ in self.rows if when == "begun"]
-            lines.append(f"In {self.hours:g} hours: {'; '.join(whole) or 'no stage as a whole'}." + "".join(f" In part: {what}." for what in part))
-        else:
-            lines.append("Nothing is trained now: `-p hours 8` trains for at most eight hours, and the same command goes on the next day.")
-        lines += [f"No images of {k}: {why}. Its runs are left out." for k, why in self.shelf.absent.items()]
-        return "\n\n".join(lines)
+# %% ../../nbs/39_paper.ipynb #a3ddbaab
+@patch
+def describe(self: Paper) -> str:  # Markdown
+    "What this machine can do in the time, in words."
+    left = sum(hours for _, _, hours, _, _ in self.rows)
+    where = f"on {self.device}, {self.workers} run{'s' * (self.workers > 1)} at a time"
+    lines = [f"All that is missing takes about **{left:,.0f} hours** {where}."]
+    if self.hours:
+        whole = [s.what for s, missing, _, when, _ in self.rows if when == "in the time" and missing]
+        part = [s.what for s, _, _, when, _ in self.rows if when == "begun"]
+        lines.append(f"In {self.hours:g} hours: {'; '.join(whole) or 'no stage as a whole'}." + "".join(f" In part: {what}." for what in part))
+    else:
+        lines.append("Nothing is trained now: `-p hours 8` trains for at most eight hours, and the same command goes on the next day.")
+    lines += [f"No images of {k}: {why}. Its runs are left out." for k, why in self.shelf.absent.items()]
+    return "\n\n".join(lines)
 
-    def train(self) -> None:
-        "Train what is missing, stage by stage, until it is done or the time is up."
-        until = time.time() + 3600 * self.hours
-        for stage, missing, _, when, _ in self.rows:
-            if not self.hours or time.time() >= until:
-                break
-            if not missing or not self.shelf.fetch(stage.datasets[0]):
-                continue
-            print(f"{stage.what}: {len(missing)} runs", flush=True)
-            study = stage.study(**self.engine, output_dir=str(self.records / "runs"))
-            study.configs = [c for c in study.configs if not self.shelf.has(c)]
-            study.until = until
-            for record in study.run():
-                self.shelf.there.setdefault(identity(record.config), set()).add(record.made_with["data"])
-        if self.hours:
-            print("The time is up." if time.time() >= until else "There is nothing left to train.", "What follows is drawn from what is complete.", flush=True)
+# %% ../../nbs/39_paper.ipynb #366c86ef
+@patch
+def train(self: Paper) -> None:
+    "Train what is missing, stage by stage, until it is done or the time is up."
+    until = time.time() + 3600 * self.hours
+    for stage, missing, _, when, _ in self.rows:
+        if not self.hours or time.time() >= until:
+            break
+        if not missing or not self.shelf.fetch(stage.datasets[0]):
+            continue
+        print(f"{stage.what}: {len(missing)} runs", flush=True)
+        study = stage.study(**self.engine, output_dir=str(self.records / "runs"))
+        study.configs = [c for c in study.configs if not self.shelf.has(c)]
+        study.until = until
+        for record in study.run():
+            self.shelf.there.setdefault(identity(record.config), set()).add(record.made_with["data"])
+    if self.hours:
+        print("The time is up." if time.time() >= until else "There is nothing left to train.", "What follows is drawn from what is complete.", flush=True)
 
-    def sides(self) -> dict[str, SideBySide]:
-        "The paper beside the records: see `38_verdicts`."
-        return side_by_side(self.records, self.output_dir, may_be_empty=self.hours > 0)
-
-    def hours_to(self, targets: pd.DataFrame) -> pd.Series:  # a row for each of the paper's numbers
-        "Hours on this machine to what was not run yet, with as many trials as the paper has; NaN where it was."
-        named = {m.title: m.name for m in METHODS.values()}
-
-        def hours(row: pd.Series) -> float:
-            if row.verdict != "not run":
-                return float("nan")
-            kind = row.setting.removeprefix("mtl_")
-            name = row.dataset if kind == "lifelong" else f"{row.dataset}-{kind}"
-            method = named["DF-CNN (reduced)" if row.model.endswith("M)") else row.model]
-            stage = Stage("", "", name, method, 1, "" if kind == "lifelong" else row.train_fraction)
-            trials = TRAINING[DATASETS[stage.datasets[0]].architecture].trials
-            return trials * hours_of(stage.configs()[0], self.device) / min(self.workers, trials)
-
-        return targets.apply(hours, axis=1)
+# %% ../../nbs/39_paper.ipynb #31908fa2
+@patch
+def sides(self: Paper) -> dict[str, SideBySide]:
+    "The paper beside the records: see `38_verdicts`."
+    return side_by_side(self.records, self.output_dir, may_be_empty=self.hours > 0)
 
 
+@patch
+def hours_to(self: Paper, targets: pd.DataFrame) -> pd.Series:  # a row for each of the paper's numbers
+    "Hours on this machine to what was not run yet, with as many trials as the paper has; NaN where it was."
+    named = {m.title: m.name for m in METHODS.values()}
+
+    def hours(row: pd.Series) -> float:
+        if row.verdict != "not run":
+            return float("nan")
+        kind = row.setting.removeprefix("mtl_")
+        name = row.dataset if kind == "lifelong" else f"{row.dataset}-{kind}"
+        method = named["DF-CNN (reduced)" if row.model.endswith("M)") else row.model]
+        stage = Stage("", "", name, method, 1, "" if kind == "lifelong" else row.train_fraction)
+        trials = TRAINING[DATASETS[stage.datasets[0]].architecture].trials
+        return trials * hours_of(stage.configs()[0], self.device) / min(self.workers, trials)
+
+    return targets.apply(hours, axis=1)
+
+# %% ../../nbs/39_paper.ipynb #ea970f9d
 def whole_paper(
     hours: float = 0,  # train what is missing for at most so many hours; 0: train nothing
     records: str = "reports",  # folder; all complete records below it are read, new ones go to <records>/runs

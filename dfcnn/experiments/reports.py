@@ -95,7 +95,7 @@ def command_of(records: Sequence[Record]) -> str:
     given |= {k: v for k, v in c.stated.items() if k in ("loss", "mean_squares_restart")}
     return "papermill nbs/lifelong.ipynb out.ipynb " + " ".join(f"-p {k} {v}" for k, v in given.items())
 
-
+# %% ../../nbs/41_reports.ipynb #d47f5f57
 def notebook_title(path: Path) -> str:
     "The title of a rendered notebook and its line below."
     first = next(c for c in json.loads(path.read_text(encoding="utf-8"))["cells"] if c["cell_type"] == "markdown")
@@ -139,7 +139,7 @@ def index(root: str | Path = "reports") -> str:  # Markdown
     ]
     return "\n".join(lines)
 
-
+# %% ../../nbs/41_reports.ipynb #28583c19
 def draw_idea(path: Path) -> None:
     "The README's picture: a layer of DF-CNN for two tasks."
     network = build_network("DF-CNN", "cifar100", n_tasks=2)

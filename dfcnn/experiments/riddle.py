@@ -212,7 +212,7 @@ def candidate_of(config: RunConfig) -> tuple[str, str]:
             return c.name, method
     return "", ""
 
-
+# %% ../../nbs/40_riddle.ipynb #fe7a7998
 def _as_released(records: Sequence[Record]) -> list[Record]:
     "One record, for its caption: a data set's variant may not be listed where records are read."
     config = records[0].config
@@ -223,7 +223,7 @@ def riddle_caption(records: Sequence[Record]) -> str:  # of one length
     "On what the table stands."
     return caption(_as_released(records))
 
-
+# %% ../../nbs/40_riddle.ipynb #786a463f
 def riddle_table(
     records: Sequence[Record],  # of one length
 ) -> pd.DataFrame:  # a row for each candidate, and the paper's; values as text
@@ -252,7 +252,7 @@ def riddle_table(
     } | dict.fromkeys(marks, "yes")
     return pd.DataFrame(rows, index=[*METHODS_ASKED, *marks]).T.fillna("").rename_axis("candidate")
 
-
+# %% ../../nbs/40_riddle.ipynb #89f2cfbd
 def riddle_figure(records: Sequence[Record]) -> plt.Figure:  # of one length
     "Test accuracy of a task by the epochs it has been trained for, a panel for each candidate; dotted: the paper's peaks."
     groups: dict[str, list[Record]] = {}

@@ -180,9 +180,9 @@ def report_failures(self: Study, failures: list[Failure], titles: dict[RunConfig
 
 
 @patch
-def carry_out(self: Study, configs: list[RunConfig], apart: bool = False):
-    "Results of runs as they come: see `Engine.carry_out`."
-    return self.engine.carry_out(configs, self.images, self.data_dir, self.output_dir, apart, self.until)
+def results_of(self: Study, configs: list[RunConfig], apart: bool = False):
+    "Results of runs as they come: see `Engine.results_of`."
+    return self.engine.results_of(configs, self.images, self.data_dir, self.output_dir, apart, self.until)
 
 # %% ../../nbs/35_studies.ipynb #918dd08f
 @patch
@@ -193,7 +193,7 @@ def run(self: Study) -> list[Record]:  # of the runs that are complete, which ar
     titles = {c: self.title_of(c) for c in self.configs}
     work = {c: epochs[c] * step_flops(c.method, self.dataset.architecture, c.tasks) for c in self.configs}
     left, results, deaths = sorted(self.configs, key=work.get, reverse=True), {}, 0
-    with ProgressMonitor(titles, epochs, self.output_dir) as watch:
+    with ProgressMonitor(titles, epochs, self.output_dir) as monitor:
 
         def finish(c: RunConfig, result: Record | Failure | Unfinished):
             complete = isinstance(result, Record)
@@ -201,12 +201,12 @@ def run(self: Study) -> list[Record]:  # of the runs that are complete, which ar
             left.remove(c)
             failed = f"failed. {result.error}" if isinstance(result, Failure) else ""
             later = "not over yet, and goes on from here another time" if isinstance(result, Unfinished) else ""
-            watch.finish(c, failed or later)
+            monitor.finish(c, failed or later)
 
         while left:
             alone = deaths == 2  # to find out whose fault it is
             try:
-                for c, result in self.carry_out(left[:1] if alone else left, apart=deaths > 0):
+                for c, result in self.results_of(left[:1] if alone else left, apart=deaths > 0):
                     finish(c, result)
             except WorkerDied as e:
                 if alone:
@@ -362,9 +362,9 @@ def lifelong_study(
     "Check everything, load the images, and list the runs: every method on the same trials."
     dataset = _lifelong_dataset(dataset, data_dir, size)
     if epochs is None:  # a first look
-        score_every = dataset.look_every if score_every is None else score_every
-        tasks = dataset.look_tasks if tasks is None else tasks
-    epochs = dataset.look if epochs is None else check_number("epochs", epochs, 1, 1_000_000)
+        score_every = dataset.quick_score_every if score_every is None else score_every
+        tasks = dataset.quick_tasks if tasks is None else tasks
+    epochs = dataset.quick_epochs if epochs is None else check_number("epochs", epochs, 1, 1_000_000)
     score_every = scoring_interval(epochs, 200) if score_every is None else score_every
     eval_every = scoring_interval(epochs, 20, 10) if eval_every is None else eval_every
     config = base_config(
@@ -406,7 +406,7 @@ def multitask_study(
     datasets = [multitask_dataset(dataset, distribution, f, pools) for f in names]
     datasets = list({d.name: d for d in datasets}.values())
     draw = check_choice("draw", draw, ["uniform", "round-robin"])
-    epochs = datasets[0].look if epochs is None else check_number("epochs", epochs, 1, 1_000_000)
+    epochs = datasets[0].quick_epochs if epochs is None else check_number("epochs", epochs, 1, 1_000_000)
     config = base_config(
         datasets[0],
         epochs=epochs,

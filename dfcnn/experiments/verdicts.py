@@ -53,11 +53,12 @@ from .records import Record, load_records
 # %% auto #0
 __all__ = ['WIDE', 'NONE', 'NOT_RUN', 'PEAK', 'PEAK_OF_SEEN', 'SLOPE', 'MOST_CHANGED', 'EARLY_LOSS', 'LATE_CHANGE', 'FIRST_KEPT',
            'BACKWARD', 'LATE_GAIN', 'KEPT', 'SPEED', 'PEAK_AT', 'SECONDS', 'ERROR', 'POINTS', 'NOTHING', 'FIFTH', 'C',
-           'O', 'OTHERS', 'SIZED', 'DFS', 'less', 'more', 'no_better', 'MNIST', 'CIFAR', 'TIME', 'PRINTED', 'WORDS',
-           'SHOWN', 'Rule', 'above', 'below', 'within', 'around', 'studies', 'variant', 'once', 'Metric', 'schedule_of',
-           'effect', 'doubts', 'Evidence', 'single', 'difference', 'ratio', 'Counted', 'peak_of', 'kept_after', 'Claim',
-           'of_table', 'against', 'claims', 'findings', 'command', 'scorecard', 'target_table', 'Shown', 'SideBySide',
-           'side_by_side']
+           'O', 'OTHERS', 'SIZED', 'DFS', 'MNIST', 'CIFAR', 'less', 'more', 'no_better', 'TIME', 'PRINTED', 'WORDS',
+           'ON_CIFAR100', 'ON_HOME', 'OF_TASKS_TOGETHER', 'SHOWN', 'Rule', 'above', 'below', 'within', 'around',
+           'studies', 'variant', 'once', 'Metric', 'schedule_of', 'effect', 'doubts', 'Evidence', 'single',
+           'difference', 'ratio', 'Counted', 'peak_of', 'kept_after', 'Claim', 'accuracy_claims', 'forgetting_claims',
+           'transfer_claims', 'cost_claims', 'home_claims', 'of_table', 'against', 'multitask_claims', 'claims',
+           'findings', 'command', 'scorecard', 'target_table', 'Shown', 'SideBySide', 'side_by_side']
 
 # %% ../../nbs/38_verdicts.ipynb #9f659e1d
 @dataclass(frozen=True)
@@ -412,12 +413,159 @@ class Claim:
             return "contradicted"
         return "reproduced" if share("reproduced") > (0.5 if self.mostly else 1 - 1e-9) else "undecided"
 
-
+# %% ../../nbs/38_verdicts.ipynb #2ea70ffd
 POINTS, NOTHING, FIFTH = 2.0, 0.05, 0.2
 C, O = "cifar100", "officehome"
 OTHERS = ("STL", "STL-large", "HPS", "ProgNN", "DEN")
 SIZED = ("STL", "STL-large", "HPS", "ProgNN", "DF-CNN")
+
+
+def accuracy_claims() -> list[Claim]:
+    "On CIFAR-100: how well each task is learned."
+    return [
+        Claim(
+            "P1", "Fig. 3a", "CIFAR-100", "Fig. 3a",
+            "At its best, DF-CNN classifies each task better than all five others.",
+            (*[difference(C, PEAK, "DF-CNN", o, above(0)) for o in OTHERS],),
+        ),
+        Claim(
+            "P2", "Fig. 3a", "CIFAR-100", "Fig. 3a",
+            "So does a DF-CNN of a third of the size.",
+            (*[difference(C, PEAK, "DF-CNN-reduced", o, above(0)) for o in OTHERS],),
+        ),
+        Claim(
+            "P3", "Sec. 4.3", "CIFAR-100", "Fig. 3a",
+            "HPS and DEN stay below single networks.",
+            (*[difference(C, PEAK, m, "STL", below(0)) for m in ("HPS", "DEN")],),
+        ),
+        Claim(
+            "P4", "Sec. 4.3", "CIFAR-100", "Fig. 3a",
+            "ProgNN is hardly better than single networks.",
+            (difference(C, PEAK, "ProgNN", "STL", within(POINTS)),),
+        ),
+    ]
+
+# %% ../../nbs/38_verdicts.ipynb #9024d653
+def forgetting_claims() -> list[Claim]:
+    "On CIFAR-100: what becomes of a task while later ones are learned."
+    return [
+        Claim(
+            "F1", "Fig. 3b", "CIFAR-100", "Fig. 3b",
+            "HPS and DEN lose an earlier task more and more with each later one.",
+            (*[single(C, SLOPE, m, below(0)) for m in ("HPS", "DEN")],),
+        ),
+        Claim(
+            "F2", "Fig. 3b", "CIFAR-100", "Fig. 3b",
+            "DF-CNN keeps more than HPS and DEN, however many tasks have come since.",
+            (*[difference(C, kept_after(k), "DF-CNN", m, above(0)) for m in ("HPS", "DEN") for k in range(1, 10)],),
+        ),
+        Claim(
+            "F3", "Sec. 4.3", "CIFAR-100", "Fig. 4b",
+            "ProgNN keeps earlier tasks exactly as they were.",
+            (single(C, MOST_CHANGED, "ProgNN", within(NOTHING)),),
+        ),
+        Claim(
+            "F4", "Sec. 4.3", "CIFAR-100", "Fig. 4c",
+            "DF-CNN loses most on its first tasks, and hardly anything from the fourth on.",
+            (single(C, EARLY_LOSS, "DF-CNN", below(0)), single(C, LATE_CHANGE, "DF-CNN", within(POINTS))),
+        ),
+        Claim(
+            "F5", "Sec. 4.3", "CIFAR-100", "Fig. 4d",
+            "The reduced DF-CNN loses its first task more than the others.",
+            (single(C, FIRST_KEPT, "DF-CNN-reduced", below(0)),),
+        ),
+        Claim(
+            "F6", "App. D", "CIFAR-100", "Fig. 6b",
+            "DF-CNN.tc2 does not harm earlier tasks (by a point or more).",
+            (single(C, BACKWARD, "DF-CNN.tc2", above(-1)),),
+        ),
+    ]
+
+# %% ../../nbs/38_verdicts.ipynb #3198248a
+def transfer_claims() -> list[Claim]:
+    "On CIFAR-100: what a task gains from others."
+    return [
+        Claim(
+            "T1", "Sec. 4.3", "CIFAR-100", "Fig. 4c",
+            "Under DF-CNN earlier tasks improve while the last three are learned.",
+            (single(C, LATE_GAIN, "DF-CNN", above(0)),),
+        ),
+        Claim(
+            "T2", "Sec. 4.3", "CIFAR-100", "Fig. 4a, 4b",
+            "Under HPS, DEN and ProgNN they do not.",
+            (*[single(C, LATE_GAIN, m, below(NOTHING)) for m in ("HPS", "DEN", "ProgNN")],),
+        ),
+        Claim(
+            "T3", "App. D", "CIFAR-100", "Fig. 6b",
+            "DF-CNN.tc2 begins below single networks and ends above them.",
+            (
+                difference(C, peak_of(1, 2, 3), "DF-CNN.tc2", "STL", below(0)),
+                difference(C, peak_of(8, 9, 10), "DF-CNN.tc2", "STL", above(0)),
+            ),
+        ),
+    ]
+
+# %% ../../nbs/38_verdicts.ipynb #722f1718
+def cost_claims() -> list[Claim]:
+    "How fast networks learn, how long that takes, and how large they are."
+    return [
+        Claim(
+            "S1", "Sec. 4.3", "both", "Fig. 3c, 5c",
+            "DF-CNN is at 98% of its best in less than half the epochs of any other.",
+            (*[ratio(data, SPEED, "DF-CNN", o, below(0.5)) for data in (C, O) for o in OTHERS],),
+        ),
+        Claim(
+            "S2", "Sec. 4.3", "CIFAR-100", "Fig. 3c",
+            "HPS is no faster than single networks.",
+            (difference(C, SPEED, "HPS", "STL", above(0)),),
+        ),
+        Claim(
+            "S3", "App. D", "both", "Fig. 6a, 7a",
+            "Single networks are best at the end of their training (in its last tenth).",
+            (*[single(data, PEAK_AT, "STL", above(0.9)) for data in (C, O)],),
+        ),
+        Claim(
+            "C1", "Sec. 4.3", "both", "Fig. 3a, 5a",
+            "ProgNN trains about twice as long (a fifth more or less) as single networks.",
+            (*[ratio(data, SECONDS, "ProgNN", "STL", around(2, FIFTH), one_machine=True) for data in (C, O)],),
+        ),
+        Claim(
+            "C2", "Fig. 3a, 5a", "both", "Fig. 4 to 7",
+            "The networks have the sizes that are printed (to 1%).",
+            (
+                *[Counted(data, m, within(1)) for data in ("CIFAR-100", "Office-Home") for m in SIZED],
+                *[Counted("CIFAR-100", m, within(1)) for m in ("DF-CNN-reduced", "DF-CNN.tc2")],
+            ),
+        ),
+    ]
+
+# %% ../../nbs/38_verdicts.ipynb #11aae3ab
+def home_claims() -> list[Claim]:
+    "On Office-Home, whose last five tasks have the classes of the first five in another domain."
+    return [
+        Claim(
+            "O1", "Fig. 5a", "Office-Home", "Fig. 5a",
+            "DF-CNN is better than STL and ProgNN, and worse than HPS and the large STL.",
+            (
+                *[difference(O, PEAK, "DF-CNN", o, above(0)) for o in ("STL", "ProgNN")],
+                *[difference(O, PEAK, "DF-CNN", o, below(0)) for o in ("HPS", "STL-large")],
+            ),
+        ),
+        Claim(
+            "O2", "Fig. 5b", "Office-Home", "Fig. 5b",
+            "DF-CNN forgets next to nothing (less than a twentieth), HPS and DEN more.",
+            (single(O, KEPT, "DF-CNN", above(-0.05)), *[single(O, KEPT, m, below(-0.05)) for m in ("HPS", "DEN")]),
+        ),
+        Claim(
+            "O3", "App. D", "Office-Home", "Fig. 7b",
+            "HPS gains where it has seen a task's classes in the other domain.",
+            (difference(O, PEAK_OF_SEEN, "HPS", "STL", above(0)),),
+        ),
+    ]
+
+# %% ../../nbs/38_verdicts.ipynb #792956f5
 DFS = "DF-CNN DF-CNN.direct DF-CNN.tc2"
+MNIST, CIFAR = "mnist-homogeneous mnist-heterogeneous", "cifar10-homogeneous cifar10-heterogeneous"
 
 
 def of_table(
@@ -442,128 +590,11 @@ def against(names: str, *others: str) -> list[tuple[str, str]]:
 
 
 less, more, no_better = (lambda fifth: below(0)), (lambda fifth: above(0)), (lambda fifth: above(-fifth))
-MNIST, CIFAR = "mnist-homogeneous mnist-heterogeneous", "cifar10-homogeneous cifar10-heterogeneous"
 
-# %% ../../nbs/38_verdicts.ipynb #cefcc5a1
-@cache
-def claims() -> list[Claim]:
-    "All claims of the paper that records can decide."
-    d, s = difference, single
+# %% ../../nbs/38_verdicts.ipynb #9c392aef
+def multitask_claims() -> list[Claim]:
+    "On MNIST and CIFAR-10, for each fraction of the data."
     return [
-        Claim(
-            "P1", "Fig. 3a", "CIFAR-100", "Fig. 3a",
-            "At its best, DF-CNN classifies each task better than all five others.",
-            (*[d(C, PEAK, "DF-CNN", o, above(0)) for o in OTHERS],),
-        ),
-        Claim(
-            "P2", "Fig. 3a", "CIFAR-100", "Fig. 3a",
-            "So does a DF-CNN of a third of the size.",
-            (*[d(C, PEAK, "DF-CNN-reduced", o, above(0)) for o in OTHERS],),
-        ),
-        Claim(
-            "P3", "Sec. 4.3", "CIFAR-100", "Fig. 3a",
-            "HPS and DEN stay below single networks.",
-            (*[d(C, PEAK, m, "STL", below(0)) for m in ("HPS", "DEN")],),
-        ),
-        Claim(
-            "P4", "Sec. 4.3", "CIFAR-100", "Fig. 3a",
-            "ProgNN is hardly better than single networks.",
-            (d(C, PEAK, "ProgNN", "STL", within(POINTS)),),
-        ),
-        Claim(
-            "F1", "Fig. 3b", "CIFAR-100", "Fig. 3b",
-            "HPS and DEN lose an earlier task more and more with each later one.",
-            (*[s(C, SLOPE, m, below(0)) for m in ("HPS", "DEN")],),
-        ),
-        Claim(
-            "F2", "Fig. 3b", "CIFAR-100", "Fig. 3b",
-            "DF-CNN keeps more than HPS and DEN, however many tasks have come since.",
-            (*[d(C, kept_after(k), "DF-CNN", m, above(0)) for m in ("HPS", "DEN") for k in range(1, 10)],),
-        ),
-        Claim(
-            "F3", "Sec. 4.3", "CIFAR-100", "Fig. 4b",
-            "ProgNN keeps earlier tasks exactly as they were.",
-            (s(C, MOST_CHANGED, "ProgNN", within(NOTHING)),),
-        ),
-        Claim(
-            "F4", "Sec. 4.3", "CIFAR-100", "Fig. 4c",
-            "DF-CNN loses most on its first tasks, and hardly anything from the fourth on.",
-            (s(C, EARLY_LOSS, "DF-CNN", below(0)), s(C, LATE_CHANGE, "DF-CNN", within(POINTS))),
-        ),
-        Claim(
-            "F5", "Sec. 4.3", "CIFAR-100", "Fig. 4d",
-            "The reduced DF-CNN loses its first task more than the others.",
-            (s(C, FIRST_KEPT, "DF-CNN-reduced", below(0)),),
-        ),
-        Claim(
-            "F6", "App. D", "CIFAR-100", "Fig. 6b",
-            "DF-CNN.tc2 does not harm earlier tasks (by a point or more).",
-            (s(C, BACKWARD, "DF-CNN.tc2", above(-1)),),
-        ),
-        Claim(
-            "T1", "Sec. 4.3", "CIFAR-100", "Fig. 4c",
-            "Under DF-CNN earlier tasks improve while the last three are learned.",
-            (s(C, LATE_GAIN, "DF-CNN", above(0)),),
-        ),
-        Claim(
-            "T2", "Sec. 4.3", "CIFAR-100", "Fig. 4a, 4b",
-            "Under HPS, DEN and ProgNN they do not.",
-            (*[s(C, LATE_GAIN, m, below(NOTHING)) for m in ("HPS", "DEN", "ProgNN")],),
-        ),
-        Claim(
-            "T3", "App. D", "CIFAR-100", "Fig. 6b",
-            "DF-CNN.tc2 begins below single networks and ends above them.",
-            (
-                d(C, peak_of(1, 2, 3), "DF-CNN.tc2", "STL", below(0)),
-                d(C, peak_of(8, 9, 10), "DF-CNN.tc2", "STL", above(0)),
-            ),
-        ),
-        Claim(
-            "S1", "Sec. 4.3", "both", "Fig. 3c, 5c",
-            "DF-CNN is at 98% of its best in less than half the epochs of any other.",
-            (*[ratio(data, SPEED, "DF-CNN", o, below(0.5)) for data in (C, O) for o in OTHERS],),
-        ),
-        Claim(
-            "S2", "Sec. 4.3", "CIFAR-100", "Fig. 3c",
-            "HPS is no faster than single networks.",
-            (d(C, SPEED, "HPS", "STL", above(0)),),
-        ),
-        Claim(
-            "S3", "App. D", "both", "Fig. 6a, 7a",
-            "Single networks are best at the end of their training (in its last tenth).",
-            (*[s(data, PEAK_AT, "STL", above(0.9)) for data in (C, O)],),
-        ),
-        Claim(
-            "C1", "Sec. 4.3", "both", "Fig. 3a, 5a",
-            "ProgNN trains about twice as long (a fifth more or less) as single networks.",
-            (*[ratio(data, SECONDS, "ProgNN", "STL", around(2, FIFTH), one_machine=True) for data in (C, O)],),
-        ),
-        Claim(
-            "C2", "Fig. 3a, 5a", "both", "Fig. 4 to 7",
-            "The networks have the sizes that are printed (to 1%).",
-            (
-                *[Counted(data, m, within(1)) for data in ("CIFAR-100", "Office-Home") for m in SIZED],
-                *[Counted("CIFAR-100", m, within(1)) for m in ("DF-CNN-reduced", "DF-CNN.tc2")],
-            ),
-        ),
-        Claim(
-            "O1", "Fig. 5a", "Office-Home", "Fig. 5a",
-            "DF-CNN is better than STL and ProgNN, and worse than HPS and the large STL.",
-            (
-                *[d(O, PEAK, "DF-CNN", o, above(0)) for o in ("STL", "ProgNN")],
-                *[d(O, PEAK, "DF-CNN", o, below(0)) for o in ("HPS", "STL-large")],
-            ),
-        ),
-        Claim(
-            "O2", "Fig. 5b", "Office-Home", "Fig. 5b",
-            "DF-CNN forgets next to nothing (less than a twentieth), HPS and DEN more.",
-            (s(O, KEPT, "DF-CNN", above(-0.05)), *[s(O, KEPT, m, below(-0.05)) for m in ("HPS", "DEN")]),
-        ),
-        Claim(
-            "O3", "App. D", "Office-Home", "Fig. 7b",
-            "HPS gains where it has seen a task's classes in the other domain.",
-            (d(O, PEAK_OF_SEEN, "HPS", "STL", above(0)),),
-        ),
         Claim(
             "M1", "App. C", "MNIST, one against all", "Table 1",
             "HPS and DF-CNN.direct are better than STL. TF, DF-CNN and DF-CNN.tc2 are like it or worse.",
@@ -605,6 +636,19 @@ def claims() -> list[Claim]:
             ),
             mostly=True,
         ),
+    ]
+
+# %% ../../nbs/38_verdicts.ipynb #cefcc5a1
+@cache
+def claims() -> list[Claim]:
+    "All claims of the paper that records can decide."
+    return [
+        *accuracy_claims(),
+        *forgetting_claims(),
+        *transfer_claims(),
+        *cost_claims(),
+        *home_claims(),
+        *multitask_claims(),
     ]
 
 # %% ../../nbs/38_verdicts.ipynb #0bbc7b5a
@@ -778,11 +822,10 @@ class Shown:
         "Titles of the methods of which there is no record."
         return [title_of(m) for m in self.methods if m not in {r.config.method for r in records}]
 
-
+# %% ../../nbs/38_verdicts.ipynb #1f06dae0
 _SINGLE, _DF = ("STL", "STL-large"), ("DF-CNN", "DF-CNN-reduced")
-_CIFAR100, _HOME = (*_SINGLE, "HPS", "ProgNN", "DEN", *_DF), (*_SINGLE, "HPS", "ProgNN", "DEN", "DF-CNN")
-_TABLE = ("STL", "HPS", "TF", "TF-uniform", "DF-CNN.direct", "DF-CNN", "DF-CNN.tc2")
-SHOWN = [
+_CIFAR100 = (*_SINGLE, "HPS", "ProgNN", "DEN", *_DF)
+ON_CIFAR100 = [
     Shown(
         "Fig. 3a: peak accuracy on CIFAR-100", C, _CIFAR100, (peak_table,),
         "DF-CNN leads, its reduced form follows, then the large STL. ProgNN and STL are even, DEN is a "
@@ -806,6 +849,11 @@ SHOWN = [
         "again. 4d: the reduced DF-CNN loses its first task. 6a: STL climbs slowly to the end of each task. "
         "6b: DF-CNN.tc2 harms no earlier task, begins below STL and ends above.",
     ),
+]
+
+# %% ../../nbs/38_verdicts.ipynb #363c26ae
+_HOME = (*_SINGLE, "HPS", "ProgNN", "DEN", "DF-CNN")
+ON_HOME = [
     Shown(
         "Fig. 5a: peak accuracy on Office-Home", O, _HOME, (peak_table,),
         "HPS and the large STL lead, DF-CNN follows, then ProgNN and STL. DEN is far behind.",
@@ -825,6 +873,11 @@ SHOWN = [
         "7a: STL climbs to the end of each task. 7b: HPS falls after each task. 7c: ProgNN looks like STL. "
         "7d: DF-CNN's lines stay level, the first task's too.",
     ),
+]
+
+# %% ../../nbs/38_verdicts.ipynb #7ac9c996
+_TABLE = ("STL", "HPS", "TF", "TF-uniform", "DF-CNN.direct", "DF-CNN", "DF-CNN.tc2")
+OF_TASKS_TOGETHER = [
     Shown(
         "Table 1: errors on MNIST, one class against all",
         "mnist-homogeneous", _TABLE, (error_table, error_curves),
@@ -849,6 +902,7 @@ SHOWN = [
         "HPS stays behind STL.",
     ),
 ]
+SHOWN = [*ON_CIFAR100, *ON_HOME, *OF_TASKS_TOGETHER]
 
 # %% ../../nbs/38_verdicts.ipynb #f1a6cca6
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from ..core import BadInput, stream
-from .base import Architecture, LifelongNetwork, Parts
+from .architectures import Architecture
+from .base import LifelongNetwork, Parts
 from .factorization import Direct, TwoContractions, TwoStage, kernel_of, new_knowledge_base
 
 # %% auto #0

@@ -12,17 +12,19 @@ from typing import Iterator
 
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from torch import nn
 
 from ..core import stream
-from .base import Architecture, Head, LifelongNetwork, Parts, bias, weight
+from .architectures import Architecture
+from .base import Head, LifelongNetwork, Parts, bias, weight
 
 with warnings.catch_warnings():  # fastai 2.8 imports parts of torch that are about to go
     warnings.simplefilter("ignore")
     from fastai.callback.core import Callback
 
 # %% auto #0
-__all__ = ['STAGES', 'Growth', 'Units', 'append', 'DEN', 'GrowthStages']
+__all__ = ['STAGES', 'Growth', 'Units', 'append', 'DEN', 'GrowthStages', 'shrink']
 
 # %% ../../nbs/17_expandable.ipynb #6c13751b
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ def append(older: torch.Tensor | None, new: Units) -> torch.Tensor:  # all units
     "The filters of a layer with a generation more."
     return new.W if older is None else torch.cat([torch.cat([older, new.into], 1), new.W])
 
-# %% ../../nbs/17_expandable.ipynb #e4549390
+# %% ../../nbs/17_expandable.ipynb #22fa3468
 class DEN(LifelongNetwork):
     "The dynamically expandable network of Yoon et al. (2018), for convolutions."
 
@@ -72,250 +74,272 @@ class DEN(LifelongNetwork):
         self.old: dict[nn.Parameter, torch.Tensor] = {}  # values before the task, until it has settled
         self.grow(arch.channels, stream(seed, "init", "conv"))
 
-    def units(self, layer: int, stamp: int | None = None) -> int:
-        "Number of units of a layer (-1: the image) in the first `stamp` generations; None: in all."
-        if layer < 0:
-            return self.arch.input[0]
-        return sum(len(generation[layer].b) for generation in self.grown[:stamp])
+# %% ../../nbs/17_expandable.ipynb #88ea70d5
+@patch
+def units(self: DEN, layer: int, stamp: int | None = None) -> int:
+    "Number of units of a layer (-1: the image) in the first `stamp` generations; None: in all."
+    if layer < 0:
+        return self.arch.input[0]
+    return sum(len(generation[layer].b) for generation in self.grown[:stamp])
 
-    def weights(self, layer: int, stamp: int | None = None) -> torch.Tensor:  # (units, channels below, k, k)
-        "The filters of a layer in the first `stamp` generations; None: in all."
-        W = None
-        for generation in self.grown[:stamp]:
-            W = append(W, generation[layer])
-        return W
 
-    def filters(self, task: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        "The filters of the task's time."
-        stamp = int(self.stamps[task])
-        return [
-            (self.weights(l, stamp), torch.cat([generation[l].b for generation in self.grown[:stamp]]))
-            for l in range(len(self.arch.channels))
-        ]
+@patch
+def weights(self: DEN, layer: int, stamp: int | None = None) -> torch.Tensor:  # (units, channels below, k, k)
+    "The filters of a layer in the first `stamp` generations; None: in all."
+    W = None
+    for generation in self.grown[:stamp]:
+        W = append(W, generation[layer])
+    return W
 
-    def new_head(self, generator: torch.Generator, stamp: int | None = None) -> Head:
-        "A head that reads the units of the first `stamp` generations; None: all."
-        arch = self.arch_of(len(self.tasks))
-        channels = (*arch.channels[:-1], self.units(len(arch.channels) - 1, stamp))
-        return Head(replace(arch, channels=channels), generator)
 
-    def new_task(self, generator: torch.Generator) -> nn.Module:
-        self.masks, self.old = {}, {}
-        self.stage = "select" if len(self.tasks) else "first"
-        self.stamps = torch.cat([self.stamps, self.stamps.new_tensor([len(self.grown)])])
-        return Parts(head=self.new_head(generator))
+@patch
+def filters(self: DEN, task: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    "The filters of the task's time."
+    stamp = int(self.stamps[task])
+    return [
+        (self.weights(l, stamp), torch.cat([generation[l].b for generation in self.grown[:stamp]]))
+        for l in range(len(self.arch.channels))
+    ]
 
-    def blocks(self, layer: int) -> Iterator[tuple[nn.Parameter, tuple[slice, slice]]]:
-        "Every parameter that holds filters of a layer, with its rows and columns in `weights(layer)`."
-        rows, columns = 0, 0
-        for generation in self.grown:
-            new = generation[layer]
-            older, rows, columns = (rows, columns), rows + len(new.W), new.W.shape[1]
-            yield new.into, (slice(0, older[0]), slice(older[1], columns))
-            yield new.W, (slice(older[0], rows), slice(0, columns))
+# %% ../../nbs/17_expandable.ipynb #a8945659
+@patch
+def new_head(self: DEN, generator: torch.Generator, stamp: int | None = None) -> Head:
+    "A head that reads the units of the first `stamp` generations; None: all."
+    arch = self.arch_of(len(self.tasks))
+    channels = (*arch.channels[:-1], self.units(len(arch.channels) - 1, stamp))
+    return Head(replace(arch, channels=channels), generator)
 
-    # the four steps
 
-    def trace(self) -> list[torch.Tensor]:  # one (units,) of booleans for each layer
-        "The units that the newest task's head reaches through connections, from the last layer down."
+@patch
+def new_task(self: DEN, generator: torch.Generator) -> nn.Module:
+    "Its head, and its time."
+    self.masks, self.old = {}, {}
+    self.stage = "select" if len(self.tasks) else "first"
+    self.stamps = torch.cat([self.stamps, self.stamps.new_tensor([len(self.grown)])])
+    return Parts(head=self.new_head(generator))
 
-        def connected(w: torch.Tensor, axes: tuple[int, ...]) -> torch.Tensor:
-            return (w == 0).float().mean(axes) < self.growth.sparsity
-
-        last = len(self.arch.channels) - 1
-        reads = self.tasks[-1].head.W[0].unflatten(1, (self.units(last), -1))  # (hidden, units, places)
-        reached = [connected(reads, (0, 2))]
-        for layer in range(last, 0, -1):
-            reached.insert(0, connected(self.weights(layer), (2, 3))[reached[0]].any(0))
-        return reached
-
-    def select(self, reached: list[torch.Tensor]) -> None:
-        "Let only the weights between reached units train."
-        below = torch.ones(self.arch.input[0], dtype=torch.bool, device=reached[0].device)
-        for layer, here in enumerate(reached):
-            between = (here[:, None] & below)[..., None, None]
-            for p, (rows, columns) in self.blocks(layer):
-                self.masks[p] = between[rows, columns].expand_as(p)
-            for b, mask in zip((g[layer].b for g in self.grown), self.by_generation(layer, here)):
-                self.masks[b] = mask
-            below = here
-
-    def by_generation(self, layer: int, units: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        "Something for every unit of a layer, cut at the borders of generations."
-        return units.split([len(generation[layer].b) for generation in self.grown])
-
-    def grow(self, counts: tuple[int, ...], generator: torch.Generator) -> None:
-        "Add a generation of so many units to each layer, for the newest task to use."
-        layers, new_below = [], 0 if self.grown else self.arch.input[0]  # the image does not grow
-        for l, (n, (_, _, k)) in enumerate(zip(counts, self.arch.conv_shapes)):
-            older, older_below = self.units(l), self.units(l - 1) if self.grown else 0
-            W = weight((n, older_below + new_below, k, k), generator)
-            layers.append(Units(W, bias(n), weight((older, new_below, k, k), generator)))
-            new_below = n
-        self.grown.append(nn.ModuleList(layers).to(self.n_tasks.device))
-        if self.tasks:
-            self.stamps[-1] = len(self.grown)
-            places = self.arch.features // self.arch.channels[-1]
-            W = self.tasks[-1].head.W[0]
-            more = weight((len(W), counts[-1] * places), generator).to(W.device)
-            self.tasks[-1].head.W[0] = nn.Parameter(torch.cat([W.detach(), more.detach()], 1))
-
-    @torch.no_grad()
-    def prune(self) -> list[int]:  # units that remain of the newest generation, by layer
-        "Remove the units of the newest generation whose incoming weights are all zero."
-        kept_below, head, newest = None, self.tasks[-1].head, self.grown[-1]
+# %% ../../nbs/17_expandable.ipynb #d3772ace
+@patch
+def grow(self: DEN, counts: tuple[int, ...], generator: torch.Generator) -> None:
+    "Add a generation of so many units to each layer, for the newest task to use."
+    layers, new_below = [], 0 if self.grown else self.arch.input[0]  # the image does not grow
+    for l, (n, (_, _, k)) in enumerate(zip(counts, self.arch.conv_shapes)):
+        older, older_below = self.units(l), self.units(l - 1) if self.grown else 0
+        W = weight((n, older_below + new_below, k, k), generator)
+        layers.append(Units(W, bias(n), weight((older, new_below, k, k), generator)))
+        new_below = n
+    self.grown.append(nn.ModuleList(layers).to(self.n_tasks.device))
+    if self.tasks:
+        self.stamps[-1] = len(self.grown)
         places = self.arch.features // self.arch.channels[-1]
-        for layer, new in enumerate(newest):
-            kept = new.W.flatten(1).any(1)
-            W, into = new.W[kept], new.into
-            if kept_below is not None:
-                columns = torch.ones(W.shape[1], dtype=torch.bool, device=W.device)
-                columns[W.shape[1] - len(kept_below) :] = kept_below
-                W, into = W[:, columns], into[:, kept_below]
-            newest[layer], kept_below = Units(W, new.b[kept], into), kept
-        columns = torch.ones(head.W[0].shape[1], dtype=torch.bool, device=kept.device)
-        columns[len(columns) - len(kept) * places :] = kept.repeat_interleave(places)
-        head.W[0] = nn.Parameter(head.W[0][:, columns])
-        remain = [len(new.b) for new in newest]
-        if not any(remain):
-            del self.grown[-1]
-            self.stamps[-1] = len(self.grown)
-        return remain
+        W = self.tasks[-1].head.W[0]
+        more = weight((len(W), counts[-1] * places), generator).to(W.device)
+        self.tasks[-1].head.W[0] = nn.Parameter(torch.cat([W.detach(), more.detach()], 1))
 
-    def remember(self) -> None:
-        "Keep the values before the task."
-        self.old = {p: p.detach().clone() for p in self.grown.parameters()}
+# %% ../../nbs/17_expandable.ipynb #cd2e0210
+@patch
+def blocks(self: DEN, layer: int) -> Iterator[tuple[nn.Parameter, tuple[slice, slice]]]:
+    "Every parameter that holds filters of a layer, with its rows and columns in `weights(layer)`."
+    rows, columns = 0, 0
+    for generation in self.grown:
+        new = generation[layer]
+        older, rows, columns = (rows, columns), rows + len(new.W), new.W.shape[1]
+        yield new.into, (slice(0, older[0]), slice(older[1], columns))
+        yield new.W, (slice(older[0], rows), slice(0, columns))
 
-    @torch.no_grad()
-    def drift(self, layer: int) -> torch.Tensor:  # (units of the time before the task,)
-        "How far the incoming weights of each old unit have moved in this task."
-        moved = [
-            ((p - self.old[p]).square().flatten(1).sum(1), rows)
-            for p, (rows, _) in self.blocks(layer)
-            if p in self.old
-        ]
-        squares = torch.zeros(max(rows.stop for _, rows in moved), device=moved[0][0].device)
-        for square, rows in moved:
-            squares[rows] += square
-        return squares.sqrt()
 
-    @torch.no_grad()
-    def split(self, generator: torch.Generator) -> list[torch.Tensor]:  # the units that were split, by layer
-        "Put the most drifted units back to where they were before the task, and let copies carry on."
-        layers, places = range(len(self.arch.channels)), self.arch.features // self.arch.channels[-1]
-        now = [self.weights(l) for l in layers]
-        biases = [torch.cat([g[l].b for g in self.grown]) for l in layers]
-        picked = []
-        for l in layers:
-            drift = self.drift(l)
-            most = drift.argsort(descending=True, stable=True)[: self.growth.units]
-            picked.append(most[drift[most] > self.growth.split].sort().values)
-        if not any(len(units) for units in picked):
-            return picked
-        self.grow([len(units) for units in picked], generator)
-        for l, units in enumerate(picked):
-            copies = self.grown[-1][l]
-            copies.into.zero_()  # older units go on with what they read
-            copies.b.copy_(biases[l][units])
-            copies.W[:, : now[l].shape[1]] = now[l][units]
-            if l:  # for what is this task's own, copies take the place of the units of the layer below
-                copies.W[:, now[l].shape[1] :] = now[l][units][:, picked[l - 1]]
-                copies.W[:, picked[l - 1]] = 0
-                before = len(self.drift(l))  # units of before the task; then those that it has added
-                copies.into[before:] = now[l][before:, picked[l - 1]]
-                for p, (rows, _) in self.blocks(l):
-                    if before <= rows.start and p is not copies.W:
-                        p[:, picked[l - 1]] = 0
-            self.put_back(l, units)
-        W = self.tasks[-1].head.W[0].unflatten(1, (-1, places))
-        W[:, len(biases[-1]) :] = W[:, picked[-1]]
-        W[:, picked[-1]] = 0
+@patch
+def by_generation(self: DEN, layer: int, units: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    "Something for every unit of a layer, cut at the borders of generations."
+    return units.split([len(generation[layer].b) for generation in self.grown])
+
+# %% ../../nbs/17_expandable.ipynb #27f9b3c2
+@patch
+def trace(self: DEN) -> list[torch.Tensor]:  # one (units,) of booleans for each layer
+    "The units that the newest task's head reaches through connections, from the last layer down."
+
+    def connected(w: torch.Tensor, axes: tuple[int, ...]) -> torch.Tensor:
+        return (w == 0).float().mean(axes) < self.growth.sparsity
+
+    last = len(self.arch.channels) - 1
+    reads = self.tasks[-1].head.W[0].unflatten(1, (self.units(last), -1))  # (hidden, units, places)
+    reached = [connected(reads, (0, 2))]
+    for layer in range(last, 0, -1):
+        reached.insert(0, connected(self.weights(layer), (2, 3))[reached[0]].any(0))
+    return reached
+
+# %% ../../nbs/17_expandable.ipynb #3e9d6da7
+@patch
+def select(self: DEN, reached: list[torch.Tensor]) -> None:
+    "Let only the weights between reached units train."
+    below = torch.ones(self.arch.input[0], dtype=torch.bool, device=reached[0].device)
+    for layer, here in enumerate(reached):
+        between = (here[:, None] & below)[..., None, None]
+        for p, (rows, columns) in self.blocks(layer):
+            self.masks[p] = between[rows, columns].expand_as(p)
+        for b, mask in zip((g[layer].b for g in self.grown), self.by_generation(layer, here)):
+            self.masks[b] = mask
+        below = here
+
+
+@patch
+def selected(self: DEN, parameter: nn.Parameter) -> torch.Tensor | None:
+    "The mask of a parameter, in the stages that go by masks."
+    return self.masks.get(parameter) if self.stage in ("retrain", "settle") else None
+
+# %% ../../nbs/17_expandable.ipynb #bd1ed44a
+@patch
+@torch.no_grad()
+def prune(self: DEN) -> list[int]:  # units that remain of the newest generation, by layer
+    "Remove the units of the newest generation whose incoming weights are all zero."
+    kept_below, head, newest = None, self.tasks[-1].head, self.grown[-1]
+    places = self.arch.features // self.arch.channels[-1]
+    for layer, new in enumerate(newest):
+        kept = new.W.flatten(1).any(1)
+        W, into = new.W[kept], new.into
+        if kept_below is not None:
+            columns = torch.ones(W.shape[1], dtype=torch.bool, device=W.device)
+            columns[W.shape[1] - len(kept_below) :] = kept_below
+            W, into = W[:, columns], into[:, kept_below]
+        newest[layer], kept_below = Units(W, new.b[kept], into), kept
+    columns = torch.ones(head.W[0].shape[1], dtype=torch.bool, device=kept.device)
+    columns[len(columns) - len(kept) * places :] = kept.repeat_interleave(places)
+    head.W[0] = nn.Parameter(head.W[0][:, columns])
+    remain = [len(new.b) for new in newest]
+    if not any(remain):
+        del self.grown[-1]
+        self.stamps[-1] = len(self.grown)
+    return remain
+
+# %% ../../nbs/17_expandable.ipynb #3fbfe60e
+@patch
+def remember(self: DEN) -> None:
+    "Keep the values before the task."
+    self.old = {p: p.detach().clone() for p in self.grown.parameters()}
+
+
+@patch
+@torch.no_grad()
+def drift(self: DEN, layer: int) -> torch.Tensor:  # (units of the time before the task,)
+    "How far the incoming weights of each old unit have moved in this task."
+    moved = [
+        ((p - self.old[p]).square().flatten(1).sum(1), rows)
+        for p, (rows, _) in self.blocks(layer)
+        if p in self.old
+    ]
+    squares = torch.zeros(max(rows.stop for _, rows in moved), device=moved[0][0].device)
+    for square, rows in moved:
+        squares[rows] += square
+    return squares.sqrt()
+
+# %% ../../nbs/17_expandable.ipynb #1ab9b3f2
+@patch
+def drifted(self: DEN, layer: int) -> torch.Tensor:
+    "The units of a layer that are to be split, in their order."
+    drift = self.drift(layer)
+    most = drift.argsort(descending=True, stable=True)[: self.growth.units]
+    return most[drift[most] > self.growth.split].sort().values
+
+
+@patch
+def put_back(self: DEN, layer: int, units: torch.Tensor) -> None:
+    "Restore units of before the task, and keep them from training."
+    stays = torch.zeros(self.units(layer), dtype=torch.bool, device=units.device)
+    stays[units] = True
+    for p, (rows, _) in self.blocks(layer):
+        if stays[rows].any():
+            p[stays[rows]] = self.old[p][stays[rows]] if p in self.old else 0.0
+            self.masks[p] = (
+                self.masks.get(p, torch.ones_like(p, dtype=torch.bool)) & ~stays[rows][:, None, None, None]
+            )
+    for b, mask in zip([g[layer].b for g in self.grown], self.by_generation(layer, stays)):
+        if mask.any():
+            b[mask] = self.old[b][mask]
+            self.masks[b] = self.masks.get(b, torch.ones_like(mask)) & ~mask
+
+# %% ../../nbs/17_expandable.ipynb #c196131f
+@patch
+@torch.no_grad()
+def split(self: DEN, generator: torch.Generator) -> list[torch.Tensor]:  # the units that were split, by layer
+    "Put the most drifted units back to where they were before the task, and let copies carry on."
+    layers, places = range(len(self.arch.channels)), self.arch.features // self.arch.channels[-1]
+    now = [self.weights(l) for l in layers]
+    biases = [torch.cat([g[l].b for g in self.grown]) for l in layers]
+    picked = [self.drifted(l) for l in layers]
+    if not any(len(units) for units in picked):
         return picked
+    self.grow([len(units) for units in picked], generator)
+    for l, units in enumerate(picked):
+        copies = self.grown[-1][l]
+        copies.into.zero_()  # older units go on with what they read
+        copies.b.copy_(biases[l][units])
+        copies.W[:, : now[l].shape[1]] = now[l][units]
+        if l:
+            self.read_copies(l, now[l], units, picked[l - 1])
+        self.put_back(l, units)
+    W = self.tasks[-1].head.W[0].unflatten(1, (-1, places))
+    W[:, len(biases[-1]) :] = W[:, picked[-1]]
+    W[:, picked[-1]] = 0
+    return picked
 
-    def put_back(self, layer: int, units: torch.Tensor) -> None:
-        "Restore units of before the task, and keep them from training."
-        stays = torch.zeros(self.units(layer), dtype=torch.bool, device=units.device)
-        stays[units] = True
-        for p, (rows, _) in self.blocks(layer):
-            if stays[rows].any():
-                p[stays[rows]] = self.old[p][stays[rows]] if p in self.old else 0.0
-                self.masks[p] = (
-                    self.masks.get(p, torch.ones_like(p, dtype=torch.bool))
-                    & ~stays[rows][:, None, None, None]
-                )
-        for b, mask in zip([g[layer].b for g in self.grown], self.by_generation(layer, stays)):
-            if mask.any():
-                b[mask] = self.old[b][mask]
-                self.masks[b] = self.masks.get(b, torch.ones_like(mask)) & ~mask
 
-    def enter(self, stage: str) -> dict[str, list[int]]:  # what was reached, added, kept, split, by layer
-        "Begin a stage of `STAGES` after the first."
-        generator = stream(self.seed, "init", "task", len(self.tasks) - 1, stage)
-        done = {}
-        if stage == "retrain":
-            self.remember()
-            reached = self.trace()
-            self.select(reached)
-            done["reached"] = [int(r.sum()) for r in reached]
-        if stage == "expand":
-            self.grow((self.growth.units,) * len(self.arch.channels), generator)
-        if stage == "settle":
-            if self.stage == "expand":
-                done["kept"] = self.prune()
-            done["split"] = [len(units) for units in self.split(generator)]
-        self.stage = stage
-        return done
+@patch
+def read_copies(
+    self: DEN,
+    layer: int,
+    now: torch.Tensor,  # the layer's filters before the split
+    units: torch.Tensor,  # that are split in this layer
+    below: torch.Tensor,  # that are split in the layer below
+) -> None:
+    "For what is this task's own in a layer, let copies take the place of the units of the layer below."
+    copies = self.grown[-1][layer]
+    copies.W[:, now.shape[1] :] = now[units][:, below]
+    copies.W[:, below] = 0
+    before = len(self.drift(layer))  # units of before the task; then those that it has added
+    copies.into[before:] = now[before:, below]
+    for p, (rows, _) in self.blocks(layer):
+        if before <= rows.start and p is not copies.W:
+            p[:, below] = 0
 
-    # the contract
-
-    def selected(self, parameter: nn.Parameter) -> torch.Tensor | None:
-        return self.masks.get(parameter) if self.stage in ("retrain", "settle") else None
-
-    def trains(self, task: int) -> list[nn.Parameter]:
-        "By stage: all, the head, what is selected and the head, or the new units and the head."
-        head = list(self.tasks[task].parameters())
-        if self.stage == "select":
-            return head
+# %% ../../nbs/17_expandable.ipynb #6ddf7999
+@patch
+def enter(self: DEN, stage: str) -> dict[str, list[int]]:  # what was reached, added, kept, split, by layer
+    "Begin a stage of `STAGES` after the first."
+    generator = stream(self.seed, "init", "task", len(self.tasks) - 1, stage)
+    done = {}
+    if stage == "retrain":
+        self.remember()
+        reached = self.trace()
+        self.select(reached)
+        done["reached"] = [int(r.sum()) for r in reached]
+    if stage == "expand":
+        self.grow((self.growth.units,) * len(self.arch.channels), generator)
+    if stage == "settle":
         if self.stage == "expand":
-            return head + [p for p in self.grown[-1].parameters() if p.numel()]
-        masks = {p: self.selected(p) for p in self.grown.parameters()}
-        return head + [p for p, m in masks.items() if p.numel() and (m is None or m.any())]
+            done["kept"] = self.prune()
+        done["split"] = [len(units) for units in self.split(generator)]
+    self.stage = stage
+    return done
 
-    def uses(self, task: int) -> list[nn.Parameter]:
-        "The units of the task's time and its head."
-        return [*self.grown[: int(self.stamps[task])].parameters(), *self.tasks[task].parameters()]
+# %% ../../nbs/17_expandable.ipynb #e646fac4
+@patch
+def trains(self: DEN, task: int) -> list[nn.Parameter]:
+    "By stage: all, the head, what is selected and the head, or the new units and the head."
+    head = list(self.tasks[task].parameters())
+    if self.stage == "select":
+        return head
+    if self.stage == "expand":
+        return head + [p for p in self.grown[-1].parameters() if p.numel()]
+    masks = {p: self.selected(p) for p in self.grown.parameters()}
+    return head + [p for p, m in masks.items() if p.numel() and (m is None or m.any())]
 
-    def callbacks(self) -> list[Callback]:
-        return [GrowthStages()]
 
-    def state_dict(self, *args, **kwargs) -> dict:
-        "With what a task under way goes by: `stage`, and the entries of `old` and `masks` under their parameters' names."
-        state, names = super().state_dict(*args, **kwargs), {p: k for k, p in self.named_parameters()}
-        state["stage"] = torch.tensor(("first", *STAGES).index(self.stage))
-        for what, entries in dict(old=self.old, masks=self.masks).items():
-            state.update({f"{what}.{names[p]}": v for p, v in entries.items() if p in names})
-        return state
+@patch
+def uses(self: DEN, task: int) -> list[nn.Parameter]:
+    "The units of the task's time and its head."
+    return [*self.grown[: int(self.stamps[task])].parameters(), *self.tasks[task].parameters()]
 
-    def load_state_dict(self, state: dict, *args, **kwargs):
-        "Restore a state dict, growing to its generations and tasks first."
-        self.grown, self.tasks, none = nn.ModuleList(), nn.ModuleList(), torch.Generator()
-        for g in range(1 + max(int(k.split(".")[1]) for k in state if k.startswith("grown."))):
-            self.grow([len(state[f"grown.{g}.{l}.b"]) for l in range(len(self.arch.channels))], none)
-        self.stamps = state["stamps"].to(self.n_tasks.device, copy=True)
-        self.outputs = [self.outputs_in(state, task) for task in range(len(self.stamps))]
-        for stamp in self.stamps.tolist():
-            self.append_task(Parts(head=self.new_head(none, stamp)))
-        parameters = dict(self.named_parameters())
-        notes = {k: v for k, v in state.items() if k == "stage" or k.startswith(("old.", "masks."))}
-        self.stage = ("first", *STAGES)[int(notes.pop("stage"))]
-        self.old, self.masks = {}, {}
-        for k, v in notes.items():
-            what, _, name = k.partition(".")
-            getattr(self, what)[parameters[name]] = v.to(self.n_tasks.device, copy=True)
-        rest = {k: v for k, v in state.items() if k != "stage" and k not in notes}
-        return super().load_state_dict(rest, *args, **kwargs)
-
-# %% ../../nbs/17_expandable.ipynb #3df080a4
+# %% ../../nbs/17_expandable.ipynb #bb36516e
 class GrowthStages(Callback):
     "Take a `DEN` through the stages of each task, and add to its updates what each stage adds."
 
@@ -331,59 +355,116 @@ class GrowthStages(Callback):
     def before_phase(self):
         self.trained = self.model.trains(self.learn.task)
 
-    def before_batch(self):
-        if not self.training:
-            return
-        if self.task_epoch == 0 and self.iter == 0:
-            self.at, self.losses = 0, deque(maxlen=self.n_iter)
-        done = (self.task_epoch + self.iter / self.n_iter) / self.epochs[self.learn.task]
-        while self.learn.task > 0 and self.at < 3 and done >= self.model.growth.shares[self.at]:
-            self.at += 1
-            self.enter(STAGES[self.at])
 
-    def state_dict(self) -> dict[str, torch.Tensor]:
-        "What the stages to come depend on, between two epochs."
-        return dict(at=torch.tensor(self.at), losses=torch.stack([*self.losses]))
+@patch
+def callbacks(self: DEN) -> list[Callback]:
+    "Its stages."
+    return [GrowthStages()]
 
-    def load_state_dict(self, state: dict[str, torch.Tensor]):
-        losses = state["losses"].to(self.model.n_tasks.device)
-        self.at, self.losses = int(state["at"]), deque(losses, maxlen=len(losses))
+# %% ../../nbs/17_expandable.ipynb #6752674a
+@patch
+def before_batch(self: GrowthStages):
+    if not self.training:
+        return
+    if self.task_epoch == 0 and self.iter == 0:
+        self.at, self.losses = 0, deque(maxlen=self.n_iter)
+    done = (self.task_epoch + self.iter / self.n_iter) / self.epochs[self.learn.task]
+    while self.learn.task > 0 and self.at < 3 and done >= self.model.growth.shares[self.at]:
+        self.at += 1
+        self.enter(STAGES[self.at])
 
-    def enter(self, stage: str):
-        loss = torch.stack([*self.losses]).mean().item() if self.losses else float("inf")
-        if stage == "expand" and loss < self.model.growth.loss:
-            return
-        self.task_switch.new_phase(
-            lambda: self.log.append(
-                dict(task=self.learn.task, stage=stage, loss=loss, **self.model.enter(stage))
-            )
-        )
 
-    def after_loss(self):
-        if self.training:
-            self.losses.append(self.loss.detach() / len(self.pred))
+@patch
+def after_loss(self: GrowthStages):
+    if self.training:
+        self.losses.append(self.loss.detach() / len(self.pred))
 
-    def before_step(self):
-        growth, n = self.model.growth, len(self.pred)
-        for p in self.trained:
-            if self.model.stage == "retrain":
-                p.grad.add_(p, alpha=n * growth.l2)
-            if self.model.stage == "settle" and p in self.model.old:
-                p.grad.add_(p - self.model.old[p], alpha=n * growth.drift)
-            mask = self.model.selected(p)
-            if mask is not None:
-                p.grad.mul_(mask)
 
-    @torch.no_grad()
-    def after_step(self):
-        if self.model.stage in ("retrain", "settle"):
-            return
-        for p in self.trained:
-            if p.ndim > 1:  # biases are not made sparse
-                p.copy_(F.softshrink(p, self.model.growth.l1))
-        if self.model.stage == "expand":
-            for new in self.model.grown[-1]:
-                norms = (new.W.flatten(1).square().sum(1) + new.b.square()).sqrt()
-                shrink = (1 - self.model.growth.group / norms.clamp(min=1e-12)).clamp(min=0)
-                new.W.mul_(shrink[:, None, None, None])
-                new.b.mul_(shrink)
+@patch
+def enter(self: GrowthStages, stage: str):
+    "Begin a stage as a new phase of training, or leave out an expansion that is not needed."
+    loss = torch.stack([*self.losses]).mean().item() if self.losses else float("inf")
+    if stage == "expand" and loss < self.model.growth.loss:
+        return
+    self.task_switch.new_phase(
+        lambda: self.log.append(dict(task=self.learn.task, stage=stage, loss=loss, **self.model.enter(stage)))
+    )
+
+# %% ../../nbs/17_expandable.ipynb #40ef3ca4
+@patch
+def before_step(self: GrowthStages):
+    growth, n = self.model.growth, len(self.pred)
+    for p in self.trained:
+        if self.model.stage == "retrain":
+            p.grad.add_(p, alpha=n * growth.l2)
+        if self.model.stage == "settle" and p in self.model.old:
+            p.grad.add_(p - self.model.old[p], alpha=n * growth.drift)
+        mask = self.model.selected(p)
+        if mask is not None:
+            p.grad.mul_(mask)
+
+# %% ../../nbs/17_expandable.ipynb #0b8594af
+def shrink(new: Units, by: float) -> None:
+    "Bring the norm of each unit's incoming weights and bias nearer to zero."
+    norms = (new.W.flatten(1).square().sum(1) + new.b.square()).sqrt()
+    left = (1 - by / norms.clamp(min=1e-12)).clamp(min=0)
+    new.W.mul_(left[:, None, None, None])
+    new.b.mul_(left)
+
+
+@patch
+@torch.no_grad()
+def after_step(self: GrowthStages):
+    if self.model.stage in ("retrain", "settle"):
+        return
+    for p in self.trained:
+        if p.ndim > 1:  # biases are not made sparse
+            p.copy_(F.softshrink(p, self.model.growth.l1))
+    if self.model.stage == "expand":
+        for new in self.model.grown[-1]:
+            shrink(new, self.model.growth.group)
+
+# %% ../../nbs/17_expandable.ipynb #a3168ae5
+@patch
+def state_dict(self: GrowthStages) -> dict[str, torch.Tensor]:
+    "What the stages to come depend on, between two epochs."
+    return dict(at=torch.tensor(self.at), losses=torch.stack([*self.losses]))
+
+
+@patch
+def load_state_dict(self: GrowthStages, state: dict[str, torch.Tensor]):
+    "Go on from there."
+    losses = state["losses"].to(self.model.n_tasks.device)
+    self.at, self.losses = int(state["at"]), deque(losses, maxlen=len(losses))
+
+# %% ../../nbs/17_expandable.ipynb #6c404990
+@patch
+def state_dict(self: DEN, *args, **kwargs) -> dict:
+    "With what a task under way goes by: `stage`, and the entries of `old` and `masks` under their parameters' names."
+    state = super(DEN, self).state_dict(*args, **kwargs)  # a patched method has no bare super()
+    names = {p: k for k, p in self.named_parameters()}
+    state["stage"] = torch.tensor(("first", *STAGES).index(self.stage))
+    for what, entries in dict(old=self.old, masks=self.masks).items():
+        state.update({f"{what}.{names[p]}": v for p, v in entries.items() if p in names})
+    return state
+
+
+@patch
+def load_state_dict(self: DEN, state: dict, *args, **kwargs):
+    "Restore a state dict, growing to its generations and tasks first."
+    self.grown, self.tasks, none = nn.ModuleList(), nn.ModuleList(), torch.Generator()
+    for g in range(1 + max(int(k.split(".")[1]) for k in state if k.startswith("grown."))):
+        self.grow([len(state[f"grown.{g}.{l}.b"]) for l in range(len(self.arch.channels))], none)
+    self.stamps = state["stamps"].to(self.n_tasks.device, copy=True)
+    self.outputs = [self.outputs_in(state, task) for task in range(len(self.stamps))]
+    for stamp in self.stamps.tolist():
+        self.append_task(Parts(head=self.new_head(none, stamp)))
+    parameters = dict(self.named_parameters())
+    notes = {k: v for k, v in state.items() if k == "stage" or k.startswith(("old.", "masks."))}
+    self.stage = ("first", *STAGES)[int(notes.pop("stage"))]
+    self.old, self.masks = {}, {}
+    for k, v in notes.items():
+        what, _, name = k.partition(".")
+        getattr(self, what)[parameters[name]] = v.to(self.n_tasks.device, copy=True)
+    rest = {k: v for k, v in state.items() if k != "stage" and k not in notes}
+    return super(DEN, self).load_state_dict(rest, *args, **kwargs)

@@ -16,7 +16,8 @@ from typing import Sequence
 import torch
 
 from ..core import BadInput, brief, check_choice, simplify
-from .base import LifelongNetwork, architecture_called
+from .architectures import architecture_called
+from .base import LifelongNetwork
 from .deconvolutional import DFCNN, DFCNNDirect, DFCNNtc2
 from .expandable import DEN
 from .factorize import DFResNet18, HPSResNet18, STLResNet18

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from ..core import BadInput, stream
-from .base import Architecture, Convolutions, Head, LifelongNetwork, Parts
+from .architectures import Architecture
+from .base import Convolutions, Head, LifelongNetwork, Parts
 
 # %% auto #0
 __all__ = ['STL', 'HPS', 'SNN']

@@ -6,10 +6,12 @@
 from __future__ import annotations
 
 import torch
+from fastcore.basics import patch
 from torch import nn
 
 from ..core import BadInput, stream
-from .base import Architecture, LifelongNetwork, Parts, bias
+from .architectures import Architecture
+from .base import LifelongNetwork, Parts, bias
 from .sharing import STL
 
 # %% auto #0
@@ -49,54 +51,66 @@ class TF(LifelongNetwork):
         tensor = torch.empty(k, k, cin, cout, self.max_tasks)
         return nn.init.trunc_normal_(tensor, std=0.05, a=-0.1, b=0.1, generator=generator)
 
-    def decompose(self, tensors: list[torch.Tensor]) -> None:  # one (k, k, c_in, c_out, tasks) for each layer
-        "Start from the filters of all tasks."
-        self.hold([tucker(tensor, self.threshold) for tensor in tensors])
-
-    def hold(self, layers: list[tuple[torch.Tensor, list[torch.Tensor]]]) -> None:  # core and factors of each
-        "Take copies as parameters; the last factor of a layer holds the row that each task starts from."
-        parameters = lambda tensors: nn.ParameterList(nn.Parameter(t.detach().clone()) for t in tensors)
-        self.core = parameters(core for core, _ in layers)
-        self.factors = nn.ModuleList(parameters(factors[:-1]) for _, factors in layers)
-        self.rows = Parts()
-        for l, (_, factors) in enumerate(layers):
-            self.rows.register_buffer(str(l), factors[-1].detach().clone())
-        self.to(self.n_tasks.device)
-        for t, task in enumerate(self.tasks):
-            task.row = self.new_row(t)
-
-    def new_row(self, task: int) -> nn.ParameterList:
-        return nn.ParameterList(nn.Parameter(rows[task].clone()) for rows in self.rows.buffers())
-
-    def new_task(self, generator: torch.Generator) -> nn.Module:
-        if len(self.tasks) == self.max_tasks:
-            raise BadInput(
-                f"This {type(self).__name__} was built for {self.max_tasks} tasks and can take no more. Pass"
-                " `length`."
-            )
-        biases = nn.ParameterList(bias(cout) for _, cout, _ in self.arch.conv_shapes)
-        return Parts(row=self.new_row(len(self.tasks)), b=biases, head=self.new_head(generator))
-
-    def filters(self, task: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        "The task's slice of each layer's tensor."
-        own = self.tasks[task]
-        return [
-            (torch.einsum("pqrs,ip,jq,ar,bs->baij", core @ row, *factors), b)
-            for core, factors, row, b in zip(self.core, self.factors, own.row, own.b)
-        ]
-
-    def load_state_dict(self, state: dict, *args, **kwargs):
-        "Restore a state dict, whose ranks and number of tasks may be others."
-        if len(self.tasks) > int(state["n_tasks"]):
-            raise BadInput(
-                f"The state holds {int(state['n_tasks'])} tasks, but the network has {len(self.tasks)}."
-            )
-        names = [[f"factors.{l}.{axis}" for axis in range(4)] + [f"rows.{l}"] for l in range(len(self.core))]
-        self.hold([(state[f"core.{l}"], [state[name] for name in layer]) for l, layer in enumerate(names)])
-        self.max_tasks = len(state["rows.0"])
-        return super().load_state_dict(state, *args, **kwargs)
+# %% ../../nbs/16_tensor_factorization.ipynb #6751f270
+@patch
+def decompose(self: TF, tensors: list[torch.Tensor]) -> None:  # one (k, k, c_in, c_out, tasks) for each layer
+    "Start from the filters of all tasks."
+    self.hold([tucker(tensor, self.threshold) for tensor in tensors])
 
 
+@patch
+def hold(self: TF, layers: list[tuple[torch.Tensor, list[torch.Tensor]]]) -> None:  # core and factors of each
+    "Take copies as parameters; the last factor of a layer holds the row that each task starts from."
+    parameters = lambda tensors: nn.ParameterList(nn.Parameter(t.detach().clone()) for t in tensors)
+    self.core = parameters(core for core, _ in layers)
+    self.factors = nn.ModuleList(parameters(factors[:-1]) for _, factors in layers)
+    self.rows = Parts()
+    for l, (_, factors) in enumerate(layers):
+        self.rows.register_buffer(str(l), factors[-1].detach().clone())
+    self.to(self.n_tasks.device)
+    for t, task in enumerate(self.tasks):
+        task.row = self.new_row(t)
+
+
+@patch
+def new_row(self: TF, task: int) -> nn.ParameterList:
+    return nn.ParameterList(nn.Parameter(rows[task].clone()) for rows in self.rows.buffers())
+
+# %% ../../nbs/16_tensor_factorization.ipynb #8f6185a2
+@patch
+def new_task(self: TF, generator: torch.Generator) -> nn.Module:
+    if len(self.tasks) == self.max_tasks:
+        raise BadInput(
+            f"This {type(self).__name__} was built for {self.max_tasks} tasks and can take no more. Pass"
+            " `length`."
+        )
+    biases = nn.ParameterList(bias(cout) for _, cout, _ in self.arch.conv_shapes)
+    return Parts(row=self.new_row(len(self.tasks)), b=biases, head=self.new_head(generator))
+
+
+@patch
+def filters(self: TF, task: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    "The task's slice of each layer's tensor."
+    own = self.tasks[task]
+    return [
+        (torch.einsum("pqrs,ip,jq,ar,bs->baij", core @ row, *factors), b)
+        for core, factors, row, b in zip(self.core, self.factors, own.row, own.b)
+    ]
+
+# %% ../../nbs/16_tensor_factorization.ipynb #a79c580c
+@patch
+def load_state_dict(self: TF, state: dict, *args, **kwargs):
+    "Restore a state dict, whose ranks and number of tasks may be others."
+    if len(self.tasks) > int(state["n_tasks"]):
+        raise BadInput(
+            f"The state holds {int(state['n_tasks'])} tasks, but the network has {len(self.tasks)}."
+        )
+    names = [[f"factors.{l}.{axis}" for axis in range(4)] + [f"rows.{l}"] for l in range(len(self.core))]
+    self.hold([(state[f"core.{l}"], [state[name] for name in layer]) for l, layer in enumerate(names)])
+    self.max_tasks = len(state["rows.0"])
+    return super(TF, self).load_state_dict(state, *args, **kwargs)
+
+# %% ../../nbs/16_tensor_factorization.ipynb #6dfcd8c7
 class TFUniform(TF):
     "TF from the authors' start: uniform over [0, 1), with a first loss of about 4e8 in their code."
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 from fastai.optimizer import OptimWrapper
+from fastcore.basics import patch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
@@ -128,42 +129,50 @@ class Checkpoint(FitCallback):
         "The last checkpoint and the one before."
         return [self.path, self.path.with_stem(f"{self.path.stem}-previous")]
 
-    def after_create(self):
-        for path in filter(Path.exists, self.paths):
-            try:
-                state, about = load_tensors(path)
-            except BadInput as e:
-                print(f"{e} An earlier checkpoint is used, or else the run starts again.", flush=True)
-                path.unlink()
-                continue
-            if about.get("made_by", "") != self.made_by:
-                foreign = path.with_stem(f"{path.stem}-foreign")
-                print(
-                    f"'{path}' was made by another configuration, other images or other code, and is not"
-                    f" continued. It is now '{foreign}'.",
-                    flush=True,
-                )
-                os.replace(path, foreign)
-                continue
-            restore(self.learn, state, int(about["epochs"]))
-            return
+# %% ../../nbs/26_checkpoint.ipynb #15938e41
+@patch
+def after_create(self: Checkpoint):
+    for path in filter(Path.exists, self.paths):
+        try:
+            state, about = load_tensors(path)
+        except BadInput as e:
+            print(f"{e} An earlier checkpoint is used, or else the run starts again.", flush=True)
+            path.unlink()
+            continue
+        if about.get("made_by", "") != self.made_by:
+            foreign = path.with_stem(f"{path.stem}-foreign")
+            print(
+                f"'{path}' was made by another configuration, other images or other code, and is not"
+                f" continued. It is now '{foreign}'.",
+                flush=True,
+            )
+            os.replace(path, foreign)
+            continue
+        restore(self.learn, state, int(about["epochs"]))
+        return
 
-    def after_epoch(self):
-        over = self.task_ends and not self.task_switch.together or self.epoch + 1 == self.n_epoch
-        if over or time.monotonic() - self.saved >= self.every:
-            self.save()
+# %% ../../nbs/26_checkpoint.ipynb #1952408d
+@patch
+def after_epoch(self: Checkpoint):
+    over = self.task_ends and not self.task_switch.together or self.epoch + 1 == self.n_epoch
+    if over or time.monotonic() - self.saved >= self.every:
+        self.save()
 
-    def save(self):
-        "Take a checkpoint."
-        last, previous = self.paths
-        new = last.with_stem(f"{last.stem}-new")
-        save_tensors(snapshot(self.learn), new, epochs=str(self.epoch + 1), made_by=self.made_by)
-        if last.exists():
-            os.replace(last, previous)
-        os.replace(new, last)
-        self.saved = time.monotonic()
 
-    def remove(self):
-        "Delete what is no longer needed."
-        for path in self.paths:
-            path.unlink(missing_ok=True)  # missing: a short run has one
+@patch
+def save(self: Checkpoint):
+    "Take a checkpoint."
+    last, previous = self.paths
+    new = last.with_stem(f"{last.stem}-new")
+    save_tensors(snapshot(self.learn), new, epochs=str(self.epoch + 1), made_by=self.made_by)
+    if last.exists():
+        os.replace(last, previous)
+    os.replace(new, last)
+    self.saved = time.monotonic()
+
+
+@patch
+def remove(self: Checkpoint):
+    "Delete what is no longer needed."
+    for path in self.paths:
+        path.unlink(missing_ok=True)  # missing: a short run has one

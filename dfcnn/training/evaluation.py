@@ -183,7 +183,7 @@ def check(self: Evaluate, m: PendingScore, losses: Sequence[float]):
                 f" run). The learning rate was {self.opt.hypers[-1]['lr']:g}; a smaller one may help."
             )
 
-
+# %% ../../nbs/23_evaluation.ipynb #9bdbbbbf
 @patch
 def before_phase(self: Evaluate):
     moving = set(self.model.trains(self.learn.task))

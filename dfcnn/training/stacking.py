@@ -28,7 +28,7 @@ from .optimizer import RMSProp, rmsprop_, sum_cross_entropy
 from .schedule import FitCallback
 
 # %% auto #0
-__all__ = ['BATCH_EVENTS', 'STEPS', 'StackedTrainer', 'optimizer_constants', 'shared_out', 'Trainers', 'looking_on',
+__all__ = ['BATCH_EVENTS', 'STEPS', 'StackedTrainer', 'shared_out', 'optimizer_constants', 'Trainers', 'looking_on',
            'other_optimizer', 'other_dropout', 'by_batch', 'say_once', 'FastEpochs', 'simple_settings', 'stackable',
            'work', 'alike', 'Pause', 'Meeting', 'train_together']
 
@@ -58,12 +58,7 @@ class StackedTrainer:
         self.losses, self.correct = zeros(n, k), zeros(k)
         self.captures, self.graph, self.taken = self.device.type == "cuda", None, 0
 
-
-def optimizer_constants(learn: TaskLearner) -> dict[str, float]:
-    "Settings of the optimizer, but for the learning rate."
-    return {k: v for k, v in learn.opt.opt.param_groups[0].items() if k not in ("params", "lr")}
-
-
+# %% ../../nbs/27_stacking.ipynb #6af99051
 def shared_out(whole: torch.Tensor, parts: Sequence[torch.Tensor]) -> torch.Tensor:
     "The stack of some tensors, of which they become slices."
     for o, part in zip(parts, whole):
@@ -91,6 +86,11 @@ def stack(self: StackedTrainer) -> None:
         squares = [optimizer.mean_square(o) for optimizer, o in zip(optimizers, own)]
         self.moving[name] = values.requires_grad_()
         self.mean_squares[name] = squares[0] if alone else shared_out(torch.stack(squares), squares)
+
+# %% ../../nbs/27_stacking.ipynb #0013fe51
+def optimizer_constants(learn: TaskLearner) -> dict[str, float]:
+    "Settings of the optimizer, but for the learning rate."
+    return {k: v for k, v in learn.opt.opt.param_groups[0].items() if k not in ("params", "lr")}
 
 
 @patch
@@ -276,15 +276,15 @@ class FastEpochs(FitCallback):
 
     order = 100  # all others have had their say
 
-    def __init__(self, carry_out: Callable[[TaskLearner], None] | None = None):  # None: by a trainer of its own
+    def __init__(self, train_epoch: Callable[[TaskLearner], None] | None = None):  # None: by a trainer of its own
         trainers = Trainers()
-        self.carry_out = carry_out or (lambda learn: trainers.epoch([learn]))
+        self.train_epoch = train_epoch or (lambda learn: trainers.epoch([learn]))
 
     def before_train(self):
         if why := by_batch(self.learn):
             say_once(f"{type(self.model).__name__} is trained batch by batch, since {why}.")
             return
-        self.carry_out(self.learn)
+        self.train_epoch(self.learn)
         raise CancelTrainException()
 
 # %% ../../nbs/27_stacking.ipynb #ea996813
@@ -365,33 +365,37 @@ class Meeting:
         if not fit.dead:
             self.waiting[learn] = what
 
-    def train(self, learners: Sequence[TaskLearner]) -> None:
-        "Carry out the epoch's steps of those that wait for them, stacked where they are alike."
-        for group in alike([l for l in learners if self.waiting[l] == "training"]):
-            try:
-                self.trainers.epoch(group)
-            except Exception as e:  # is their `fit`'s
-                for l in group:
-                    self.go_on(l, e)
-
-    def run(self) -> None:
-        "Let all of them run to their ends; raise the first of their errors then."
+# %% ../../nbs/27_stacking.ipynb #be99de27
+@patch
+def train(self: Meeting, learners: Sequence[TaskLearner]) -> None:
+    "Carry out the epoch's steps of those that wait for them, stacked where they are alike."
+    for group in alike([l for l in learners if self.waiting[l] == "training"]):
         try:
-            for l in self.fits:
-                self.go_on(l)
-            while self.waiting:
-                now = [l for l in self.waiting if l.epoch == min(o.epoch for o in self.waiting)]
-                self.train(now)
-                for l in now:
-                    if l in self.waiting:
-                        self.go_on(l)
-        finally:  # an interruption is everybody's
-            for l in self.waiting:
-                self.fits[l].throw()
-        if self.errors:
-            raise self.errors[0]
+            self.trainers.epoch(group)
+        except Exception as e:  # is their `fit`'s
+            for l in group:
+                self.go_on(l, e)
 
 
+@patch
+def run(self: Meeting) -> None:
+    "Let all of them run to their ends; raise the first of their errors then."
+    try:
+        for l in self.fits:
+            self.go_on(l)
+        while self.waiting:
+            now = [l for l in self.waiting if l.epoch == min(o.epoch for o in self.waiting)]
+            self.train(now)
+            for l in now:
+                if l in self.waiting:
+                    self.go_on(l)
+    finally:  # an interruption is everybody's
+        for l in self.waiting:
+            self.fits[l].throw()
+    if self.errors:
+        raise self.errors[0]
+
+# %% ../../nbs/27_stacking.ipynb #01189d0b
 def train_together(learners: Sequence[TaskLearner]) -> list[pd.DataFrame]:  # the histories
     "Run the schedule of several Learners to its end, an epoch's steps as one where that is possible."
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
