@@ -50,7 +50,7 @@ class Study:
     output_dir: Path
     engine: Engine
     data_dir: str | None = None  # where workers find the images
-    until: float | None = None  # `time.time()` of the moment at which runs stop, to go on another day; None: no such
+    until: float | None = None  # `time.time()` of the moment at which runs stop, to go on another day; None: at their ends
 
     @property
     def dataset(self) -> DataSet:
@@ -265,7 +265,7 @@ def base_config(dataset: DataSet, *, tasks: int | None = None, seed: int, **sett
 
 
 def check_places(dataset: DataSet, data_dir: str | None, output_dir: str) -> None:
-    "Refuse paths that are none, and a `data_dir` for images that come with the package."
+    "Refuse what is no path, and a `data_dir` for images that come with the package."
     for name, value in dict(data_dir=data_dir, output_dir=output_dir).items():
         if value is None and name == "data_dir":
             continue
