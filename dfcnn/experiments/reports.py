@@ -140,14 +140,18 @@ def index(root: str | Path = "reports") -> str:  # Markdown
     return "\n".join(lines)
 
 
-def draw_idea(path: Path) -> None:
+def draw_idea(
+    path: Path,  # the PNG file to write
+) -> None:
     "The README's picture: a layer of DF-CNN for two tasks."
     network = build_network("DF-CNN", "cifar100", n_tasks=2)
     with writing(path) as part:
         factorization_figure(network).savefig(part, format="png", dpi=110)
 
 
-def render_all(root: str | Path = "reports") -> None:
+def render_all(
+    root: str | Path = "reports",  # holds folders of records
+) -> None:
     "Draw everything again and write the index."
     for folder in render(root):
         print(folder)
