@@ -151,8 +151,8 @@ class ShowEpochs(Callback):
 # %% ../nbs/50_vision.ipynb #095cbcc9
 def plain_network(
     network: LifelongNetwork,
-    task: int,
-    prepare: Preparation,
+    task: int,  # its place in the network
+    prepare: Preparation,  # how the task's images were scaled
 ) -> nn.Sequential:  # pixels from 0 to 1 (n, channels, size, size) -> logits
     "The CNN of one task, made of torch's layers."
     if type(network).forward not in (LifelongNetwork.forward, getattr(METHODS["SNN"].network, "forward")):
@@ -181,7 +181,10 @@ def like(layer: nn.Module, W: torch.Tensor, b: torch.Tensor) -> nn.Module:
     return layer
 
 # %% ../nbs/50_vision.ipynb #8e56d922
-def wilson(correct: int, n: int) -> tuple[float, float]:
+def wilson(
+    correct: int,  # images that were right
+    n: int,  # of so many
+) -> tuple[float, float]:  # its ends, 0 to 1
     "95% interval of a share of `n` independent images."
     interval = stats.binomtest(int(correct), int(n)).proportion_ci(method="wilson")
     return float(interval.low), float(interval.high)
@@ -195,7 +198,7 @@ class Learned:
     classes: list[str]
     images: list[int]  # to train, validate and test on
     epochs: int  # that it was trained
-    seconds: float
+    seconds: float  # that training and scoring took
     correct: list[int | None]  # after it was learned: test images that were right of each task up to it; None: no images
 
 # %% ../nbs/50_vision.ipynb #34d5bd1e
@@ -450,7 +453,7 @@ FORMAT = 1  # of the folder
 @patch
 def export(
     self: ImageLearner,
-    folder: str | Path,
+    folder: str | Path,  # a new one, an empty one, or one that holds a model
     images: bool = True,  # keep the test images of the tasks?
 ) -> Path:
     "Write the model to a folder; `load_learner` reads it."
