@@ -19,7 +19,7 @@ sys.path.insert(0, str(ROOT / "docs"))
 from pictures import ALT, alike, draw, is_picture, updated
 
 LIBRARY = sorted((ROOT / "nbs").glob("[0-9]*.ipynb"))
-TO_COME = set("05_folders 26_checkpoint 27_stacking 33_runs 39_paper 50_vision".split())
+TO_COME = {"39_paper"}
 LARGEST = 160 * 1024  # bytes of a picture
 
 
