@@ -109,7 +109,10 @@ class RunConfig:
             return lifelong_schedule(self.tasks, self.epochs)
         return multitask_schedule(self.tasks, self.epochs, self.schedule, self.seed_of("schedule"))
 
-    def seed_of(self, purpose: str) -> int:
+    def seed_of(
+        self,
+        purpose: str,  # "init", "training" or "schedule"
+    ) -> int:
         "The trial's seed for initial values (`init`), batches and dropout (`training`), or the `schedule`."
         return stream_seed(self.seed, "trial", self.trial, purpose)
 

@@ -62,7 +62,10 @@ def timestamp(device: torch.device) -> float | torch.Event:  # seconds on a CPU
     return event
 
 
-def seconds_between(start: float | torch.Event, end: float | torch.Event) -> float:
+def seconds_between(
+    start: float | torch.Event,  # as `timestamp` gives them
+    end: float | torch.Event,  # of the same device
+) -> float:
     "Seconds between two timestamps; those of a GPU must be over."
     return end - start if isinstance(end, float) else start.elapsed_time(end) / 1000
 
