@@ -152,8 +152,8 @@ class ShowEpochs(Callback):
 # %% ../nbs/50_vision.ipynb #095cbcc9
 def plain_network(
     network: LifelongNetwork,
-    task: int,
-    prepare: Preparation,
+    task: int,  # its place in the network
+    prepare: Preparation,  # how the task's images were scaled
 ) -> nn.Sequential:  # pixels from 0 to 1 (n, channels, size, size) -> logits
     "The CNN of one task, made of torch's layers."
     if type(network).forward not in (LifelongNetwork.forward, getattr(METHODS["SNN"].network, "forward")):
@@ -182,7 +182,10 @@ def like(layer: nn.Module, W: torch.Tensor, b: torch.Tensor) -> nn.Module:
     return layer
 
 # %% ../nbs/50_vision.ipynb #8e56d922
-def wilson(correct: int, n: int) -> tuple[float, float]:
+def wilson(
+    correct: int,  # images that were right
+    n: int,  # of so many
+) -> tuple[float, float]:  # its ends, 0 to 1
     "95% interval of a share of `n` independent images."
     interval = stats.binomtest(int(correct), int(n)).proportion_ci(method="wilson")
     return float(interval.low), float(interval.high)
@@ -196,7 +199,7 @@ class Learned:
     classes: list[str]
     images: list[int]  # to train, validate and test on
     epochs: int  # that it was trained
-    seconds: float
+    seconds: float  # that training and scoring took
     correct: list[int | None]  # after it was learned: test images that were right of each task up to it; None: no images
 
 # %% ../nbs/50_vision.ipynb #34d5bd1e
@@ -210,7 +213,10 @@ def find_method(method: str | type[LifelongNetwork]) -> Method:
     return METHODS[check_choice("method", method, METHODS)]
 
 
-def find_name(task: str, known: Sequence[str]) -> int:
+def find_name(
+    task: str,  # as it was given
+    known: Sequence[str],  # names of the tasks that there are
+) -> int:
     "Place of a task in a list of names, which are a user's own and are taken as they are written."
     if task not in known:
         raise BadInput(f"Unknown task {brief(task)}. Choose from: {', '.join(known)}.")
@@ -367,7 +373,11 @@ def report(self: ImageLearner) -> None:
 
 # %% ../nbs/50_vision.ipynb #ba4dd98a
 @patch
-def checkpoint(self: ImageLearner, task: Task, every: float = 60.0) -> Checkpoint | None:
+def checkpoint(
+    self: ImageLearner,
+    task: Task,  # that is learned next
+    every: float = 60.0,  # seconds between two of them
+) -> Checkpoint | None:
     "Where the learning of a task is kept; None without a folder."
     if not self.folder:
         return None
@@ -402,7 +412,11 @@ def predict(
 
 @patch
 @torch.no_grad()
-def get_preds(self: ImageLearner, task: str, split: str = "test") -> tuple[torch.Tensor, torch.Tensor]:
+def get_preds(
+    self: ImageLearner,
+    task: str,  # name of a task that was learned
+    split: str = "test",  # "train", "valid" or "test"
+) -> tuple[torch.Tensor, torch.Tensor]:  # (n, classes), (n,)
     "Probabilities and true classes of a task's images."
     t = self.index(task)
     data = getattr(self.tasks[t], check_choice("split", split, ["train", "valid", "test"]))
@@ -425,7 +439,12 @@ def _grid(images: torch.Tensor, titles: Sequence[str], colors: Sequence[str], co
 
 
 @patch
-def show_batch(self: ImageLearner, task: str, n: int = 16, split: str = "train") -> plt.Figure:
+def show_batch(
+    self: ImageLearner,
+    task: str,  # name of a task
+    n: int = 16,  # images, at most
+    split: str = "train",  # "train", "valid" or "test"
+) -> plt.Figure:
     "Some images of a task, as they are given to training."
     known = find_name(task, self.names)
     data = getattr(self.tasks[known], check_choice("split", split, ["train", "valid", "test"]))
@@ -435,7 +454,11 @@ def show_batch(self: ImageLearner, task: str, n: int = 16, split: str = "train")
 
 
 @patch
-def show_results(self: ImageLearner, task: str, n: int = 16) -> plt.Figure:
+def show_results(
+    self: ImageLearner,
+    task: str,  # name of a task that was learned
+    n: int = 16,  # images, at most
+) -> plt.Figure:
     "Test images of a task with what they are said to be; what is wrong comes first, in red, with what it is."
     p, y = self.get_preds(task)
     t, said = self.index(task), p.argmax(1)
@@ -451,7 +474,7 @@ FORMAT = 1  # of the folder
 @patch
 def export(
     self: ImageLearner,
-    folder: str | Path,
+    folder: str | Path,  # a new one, an empty one, or one that holds a model
     images: bool = True,  # keep the test images of the tasks?
 ) -> Path:
     "Write the model to a folder; `load_learner` reads it."
@@ -623,13 +646,20 @@ def retention(self: ImageLearner) -> pd.DataFrame:
 
 
 @patch
-def task_network(self: ImageLearner, task: str) -> nn.Sequential:
+def task_network(
+    self: ImageLearner,
+    task: str,  # name of a task that was learned
+) -> nn.Sequential:
     "A task's network of torch's own layers: pixels from 0 to 1 (n, channels, size, size) -> logits."
     return plain_network(copy.deepcopy(self.network).cpu().eval(), self.index(task), self.prepare)
 
 # %% ../nbs/50_vision.ipynb #066c8707
 @patch
-def export_onnx(self: ImageLearner, task: str, path: str | Path) -> Path:
+def export_onnx(
+    self: ImageLearner,
+    task: str,  # name of a task that was learned
+    path: str | Path,  # of the file to write
+) -> Path:
     "Write a task's network as an ONNX file that takes any number of images at a time."
     path, network = check_path("path", path), self.task_network(task)
     try:

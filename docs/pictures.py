@@ -2,7 +2,7 @@
 
 A cell with the tag `picture` shows pictures that stay in the file, so that they are seen wherever notebooks are read. Of its outputs the pictures are
 kept, of all other cells nothing. Such a cell uses what the notebook exports, what cells with the tag `setup` make, and what it makes itself. Nothing
-else is run, no test and no training, so that to draw all pictures takes seconds. Its line `#| fig-alt: ...` says in words what is to be seen.
+else is run, none of the tests, so that to draw all pictures takes a minute or two. Its line `#| fig-alt: ...` says in words what is to be seen.
 
 A picture that looks like the saved one is not written again: another processor or another font rasterizer changes a few pixels, and no file.
 """

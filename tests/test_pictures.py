@@ -20,10 +20,7 @@ sys.path.insert(0, str(ROOT / "docs"))
 from pictures import ALT, alike, draw, is_picture, updated
 
 LIBRARY = sorted((ROOT / "nbs").glob("[0-9]*.ipynb"))
-TO_COME = set(
-    "05_folders 18_factorize 22_batches 23_evaluation 24_learner 25_audit 26_checkpoint 27_stacking 31_configuration"
-    " 33_runs 35_studies 39_paper 40_riddle 41_reports 50_vision".split()
-)
+TO_COME = {"39_paper"}
 LARGEST = 160 * 1024  # bytes of a picture
 
 

@@ -121,7 +121,10 @@ TITLES = {"mnist": "MNIST", "cifar10": "CIFAR-10", "digits": "Handwritten digits
 _CLASSES = {"cifar10": "airplane automobile bird cat deer dog frog horse ship truck".split()}
 
 
-def multitask_groups(source: str, distribution: str) -> list[tuple[str, list[str]]]:
+def multitask_groups(
+    source: str,  # a key of `COUNTS`
+    distribution: str,  # "heterogeneous" or "homogeneous"
+) -> list[tuple[str, list[str]]]:
     "(task name, its classes, the true one first) of each task."
     classes = _CLASSES.get(source, [str(i) for i in range(10)])
     if distribution == "heterogeneous":
@@ -132,7 +135,12 @@ def multitask_groups(source: str, distribution: str) -> list[tuple[str, list[str
 POOLS = ("shared", "independent")
 
 
-def multitask_dataset(source: str, distribution: str, fraction: str, pools: str = "shared") -> MultiTask:
+def multitask_dataset(
+    source: str,  # a key of `COUNTS`
+    distribution: str,  # "heterogeneous": pairs of classes; "homogeneous": one class against all others
+    fraction: str,  # of the data, such as "10%": a key of `COUNTS[source][distribution]`
+    pools: str = "shared",  # "shared" by all one-vs-all tasks, or "independent"
+) -> MultiTask:
     "One line of `COUNTS` as a data set, or which lines there are; `pools` matters for one-vs-all tasks alone."
     source = check_choice("data set", source, COUNTS)
     distribution = check_choice("distribution", distribution, COUNTS[source])

@@ -105,7 +105,9 @@ def task_sequence(
     return [dataset.draw(images, *groups[i], seed, trial) for i in order]
 
 # %% ../../nbs/09_datasets.ipynb #3ad61eb0
-def list_dataset(dataset: DataSet) -> DataSet:
+def list_dataset(
+    dataset: DataSet,  # known by its name from here on
+) -> DataSet:  # what is listed under that name
     "List a data set in this process."
     return DATASETS.setdefault(dataset.name, dataset)
 

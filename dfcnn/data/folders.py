@@ -120,7 +120,11 @@ def eight_bits(im: Image.Image, name: str) -> Image.Image:
     return im.convert("RGB")
 
 
-def to_square(im: Image.Image, size: int, fit: str = "crop") -> Image.Image:
+def to_square(
+    im: Image.Image,
+    size: int,  # height and width in pixels
+    fit: str = "crop",  # one of `FITS`
+) -> Image.Image:
     "An image of `size` by `size` pixels."
     if im.size == (size, size):
         return im
@@ -211,7 +215,12 @@ def read_photos(
     return cached(key, lambda: as_images([p[:3] for p in photos], read_all(photos, size, fit), channels))
 
 
-def read_folder(root: str | Path, size: int = 64, fit: str = "crop", channels: int | None = None) -> Images:
+def read_folder(
+    root: str | Path,  # <root>/<task>/<class>/<image>
+    size: int = 64,  # height and width that all images are brought to
+    fit: str = "crop",  # how: one of `FITS`
+    channels: int | None = None,  # 1: grey, 3: color; None: grey where no image has any color
+) -> Images:
     "The images of all tasks of a folder."
     return read_photos(photos_in(root), size, fit, channels)
 
@@ -288,7 +297,11 @@ class Preparation:
         return self.scale(as_images([("", "", "")], x, self.channels).x)[0]
 
 # %% ../../nbs/05_folders.ipynb #2e11acae
-def as_pixels(image: Any, size: int, fit: str = "crop") -> np.ndarray:  # uint8 (3, size, size)
+def as_pixels(
+    image: Any,  # a path, a PIL image, an array (height, width[, channels]) or a tensor ([channels, ]height, width)
+    size: int,  # height and width that it is brought to
+    fit: str = "crop",  # how: one of `FITS`
+) -> np.ndarray:  # uint8 (3, size, size)
     "The pixels of an image that is a path, a PIL image, an array or a tensor, whose values are 0 to 255, or 0 to 1."
     if isinstance(image, (str, os.PathLike)):
         return read_photo(check_file_exists(image), size, fit)
@@ -352,7 +365,12 @@ class OwnData(DataSet):
             sets.append((torch.cat(of), torch.arange(len(of)).repeat_interleave(torch.tensor([len(i) for i in of]))))
         return sets
 
-    def preparation(self, images: Images, seed: int = 0, trial: int = 0) -> Preparation:
+    def preparation(
+        self,
+        images: Images,
+        seed: int = 0,  # of the split
+        trial: int = 0,
+    ) -> Preparation:
         "How images become inputs: by the training images of all tasks of a trial."
         index = torch.cat([self.pick(images, *group, seed, trial)[0][0] for group in self.groups()])
         counts = torch.zeros(images.x.shape[1], 256, dtype=torch.float64)  # how often each value is there
@@ -425,7 +443,13 @@ class OwnTasks(list):
         return self.table().to_html(index=False) + "".join(f"<p>{r}</p>" for r in self.remarks())
 
 # %% ../../nbs/05_folders.ipynb #e45b6f01
-def tasks_from_images(images: Images, shares: dict[str, float] | None = None, seed: int = 0, fit: str = "crop", prepare: Preparation | None = None) -> OwnTasks:
+def tasks_from_images(
+    images: Images,  # with classes called 'task/class'
+    shares: dict[str, float] | None = None,  # of images to train, validate and test on; None: `SHARES`
+    seed: int = 0,  # of the split
+    fit: str = "crop",  # how later images are brought to the size: one of `FITS`
+    prepare: Preparation | None = None,  # of the tasks that these join; None: they are the first
+) -> OwnTasks:
     "The tasks of images whose classes are called 'task/class'."
     data = own_data(images, shares=shares, fit=fit)
     prepare = prepare or data.preparation(images, seed)

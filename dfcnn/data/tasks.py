@@ -148,7 +148,12 @@ class DataSet:
     quick_tasks: int | None = None  # and its number of tasks; None: all
 
     def pick(
-        self, images: Images, name: str, classes: list[str], seed: int, trial: int
+        self,
+        images: Images,  # of the data set
+        name: str,  # of the task
+        classes: list[str],  # its classes, names of `images.classes`
+        seed: int,  # of the draw
+        trial: int,  # another one draws other images
     ) -> list[tuple[torch.Tensor, torch.Tensor]]:  # (image indices, labels in the order of `classes`) of each
         "Draw the images of one task's three sets."
         generator = stream(seed, "trial", trial, "split", name)
@@ -162,7 +167,14 @@ class DataSet:
         labels = lambda of: torch.arange(len(of)).repeat_interleave(torch.tensor([len(i) for i in of]))
         return [(torch.cat(of), labels(of)) for of in picked.values()]
 
-    def draw(self, images: Images, name: str, classes: list[str], seed: int, trial: int) -> Task:
+    def draw(
+        self,
+        images: Images,  # of the data set
+        name: str,  # of the task
+        classes: list[str],  # its classes, names of `images.classes`
+        seed: int,  # of the draw
+        trial: int,  # another one draws other images
+    ) -> Task:
         "One task, with its images scaled."
 
         def as_split(index: torch.Tensor, y: torch.Tensor) -> Split:

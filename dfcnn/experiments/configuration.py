@@ -58,13 +58,13 @@ LATER = dict(loss="sum", mean_squares_restart="task")  # fields that earlier rec
 class RunConfig:
     "All that a run depends on, apart from the images and the code."
 
-    dataset: str
-    method: str
+    dataset: str  # a key of `datasets.DATASETS`
+    method: str  # a key of `registry.METHODS`
     epochs: int  # per task; of all tasks together where they are learned together
     tasks: int
-    batch_size: int
-    lr: float
-    decay: float
+    batch_size: int  # images
+    lr: float  # RMSProp's learning rate in the first epoch
+    decay: float  # of the learning rate, per epoch
     eval_every: int  # epochs between two scores of the tasks learned before, or of all tasks
     trial: int = 0
     seed: int = 0
@@ -108,7 +108,10 @@ def task_of_epoch(self: RunConfig) -> list[int]:
 
 
 @patch
-def seed_of(self: RunConfig, purpose: str) -> int:
+def seed_of(
+    self: RunConfig,
+    purpose: str,  # "init", "training" or "schedule"
+) -> int:
     "The trial's seed for initial values (`init`), batches and dropout (`training`), or the `schedule`."
     return stream_seed(self.seed, "trial", self.trial, purpose)
 

@@ -107,7 +107,10 @@ def sharing_of(
     return [{"own" if k.startswith(f"tasks.{task}.") else "shared" for k in names} for names in found]
 
 
-def reads_from(network: LifelongNetwork, task: int) -> set[int]:
+def reads_from(
+    network: LifelongNetwork,
+    task: int,  # that the network knows
+) -> set[int]:
     "Other tasks whose own parameters a task's predictions depend on."
     used = {id(p) for p in network.uses(task)}
     names = [k for k, p in network.named_parameters() if id(p) in used and k.startswith("tasks.")]
@@ -173,7 +176,11 @@ def stamps_figure(
     return fig
 
 # %% ../../nbs/37_drawings.ipynb #6681c2b3
-def layer_filters(network: LifelongNetwork, layer: int, tasks: Sequence[int]) -> list[torch.Tensor]:
+def layer_filters(
+    network: LifelongNetwork,
+    layer: int,  # its number, from 0
+    tasks: Sequence[int],  # that the network knows
+) -> list[torch.Tensor]:
     "A copy of a layer's filters (c_out, c_in, k, k) of each task."
     with torch.no_grad():
         return [network.filters(t)[layer][0].detach().clone() for t in tasks]
@@ -247,7 +254,8 @@ def schedule_figure(
 
 # %% ../../nbs/37_drawings.ipynb #49fc6484
 def growth_blocks(
-    network: DEN, layer: int
+    network: DEN,
+    layer: int,  # its number, from 0
 ) -> list[tuple[int, str, int, int, int, int]]:  # (generation, "into" or "W", first row, rows, first column, columns)
     "Where the filters of each generation lie among a layer's units and the channels below."
     blocks = []

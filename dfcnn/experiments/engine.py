@@ -132,7 +132,9 @@ class ReportProgress(Callback):
         self.what = "" if self.learn.evaluate.eval_every else f" ({type(self.model).__name__} to start from)"
 
 # %% ../../nbs/34_engine.ipynb #145ceca8
-def epochs_of(config: RunConfig) -> int:
+def epochs_of(
+    config: RunConfig,  # of the run
+) -> int:
     "Epochs of a run, with those of the networks that it starts from."
     return len(config.task_of_epoch) * (2 if METHODS[config.method].network.starts_from else 1)
 
@@ -368,7 +370,12 @@ def results_of(
             yield from result
 
 # %% ../../nbs/34_engine.ipynb #a46e1ff8
-def step_flops(method: str, architecture: str, n_tasks: int, batch_size: int = 10) -> int:
+def step_flops(
+    method: str,  # a key of `METHODS`
+    architecture: str,  # its name, as in `build_network`
+    n_tasks: int,  # of which the last is trained
+    batch_size: int = 10,  # images
+) -> int:  # floating-point operations, forward and backward
     "Arithmetic of a training step of the last task, as the network starts: how long a run will take beside others."
 
     def count(network: LifelongNetwork) -> int:

@@ -51,7 +51,11 @@ def targets() -> pd.DataFrame:
 
 
 def target(
-    dataset: str, model: str, metric: str, setting: str = "lifelong", fraction: str | None = None
+    dataset: str,  # its name in `targets.csv`
+    model: str,  # as the paper calls it
+    metric: str,  # its name in `targets.csv`
+    setting: str = "lifelong",  # "lifelong", "mtl_heterogeneous" or "mtl_homogeneous"
+    fraction: str | None = None,  # of the training data, where the paper has several
 ) -> tuple[float, float]:
     "(value, half-width) that the paper states, or NaNs where it states none."
     t = targets()
@@ -126,7 +130,9 @@ def by_method(records: Sequence[Record]) -> dict[str, list[Record]]:  # method -
     return groups
 
 
-def caption(records: Sequence[Record]) -> str:
+def caption(
+    records: Sequence[Record],  # of one study
+) -> str:
     "On what the numbers stand: data, trials, length."
     c = records[0].config
     trials = len({r.config.trial for r in records})

@@ -20,8 +20,8 @@ __all__ = ['own_phase', 'peak_accuracy', 'accuracy_at_best_valid', 'accuracy_mat
 
 # %% ../../nbs/30_metrics.ipynb #7f8412ea
 def own_phase(
-    history: pd.DataFrame,
-    split: str = "test",
+    history: pd.DataFrame,  # a table of scores
+    split: str = "test",  # "train", "valid" or "test"
 ) -> pd.DataFrame:  # indexed by task, in order of epochs
     "Scores of each task while it was itself being trained, from its first epoch on."
     own = history[
@@ -89,7 +89,9 @@ def convergence_epochs(
     return enough.groupby(level=0).task_epoch.min()
 
 # %% ../../nbs/30_metrics.ipynb #7224dbf9
-def convergence_step(history: pd.DataFrame) -> int:
+def convergence_step(
+    history: pd.DataFrame,  # a table of scores
+) -> int:  # epochs
     "Epochs between two scores of a task in its own phase, the most there are: what `convergence_epochs` is known to."
     return int(own_phase(history).groupby(level=0).task_epoch.agg(lambda e: e.diff().fillna(e).max()).max())
 
@@ -126,7 +128,9 @@ def task_means(history: pd.DataFrame) -> pd.DataFrame:  # epochs x (valid, test)
     return scores.dropna().T.groupby(level="split").mean().T
 
 
-def summarize_together(history: pd.DataFrame) -> dict[str, float]:
+def summarize_together(
+    history: pd.DataFrame,  # a table of scores of tasks that were learned together
+) -> dict[str, float]:
     "The figures of App. C for one run; errors from 0 to 1."
     means = task_means(history)
     best = int(means.valid.idxmax())
@@ -140,7 +144,9 @@ def summarize_together(history: pd.DataFrame) -> dict[str, float]:
     )
 
 # %% ../../nbs/30_metrics.ipynb #58a1cf4a
-def summarize(history: pd.DataFrame) -> dict[str, float]:
+def summarize(
+    history: pd.DataFrame,  # a table of scores of tasks that came one by one
+) -> dict[str, float]:
     "The figures by which the paper compares methods, for one run; accuracies from 0 to 1."
     ratio = forgetting_ratio(history).iloc[-1].iloc[:-1]
     return dict(

@@ -53,13 +53,18 @@ class Record:
     summary: dict[str, float]  # computed from the history; empty while the run is not complete
 
 # %% ../../nbs/32_records.ipynb #4a3fcc95
-def write_history(history: pd.DataFrame, path: Path) -> None:
+def write_history(
+    history: pd.DataFrame,  # a table of scores
+    path: Path,  # of the CSV file
+) -> None:
     "Write a table of scores as CSV, whole or not at all."
     with writing(path) as part:
         history.to_csv(part, index=False, float_format="%.6g")
 
 
-def read_history(path: Path) -> pd.DataFrame:
+def read_history(
+    path: Path,  # of the CSV file
+) -> pd.DataFrame:
     "The table of scores that `write_history` wrote."
     history = pd.read_csv(path, dtype={k: t for k, t in HISTORY.items() if t != "object"})
     if list(history.columns) != list(HISTORY):
@@ -67,12 +72,18 @@ def read_history(path: Path) -> pd.DataFrame:
     return history
 
 
-def history_checksum(path: Path) -> str:
+def history_checksum(
+    path: Path,  # of the CSV file
+) -> str:  # 64 hexadecimal digits
     "SHA-256 of a table of scores, whatever its line ends."
     return hashlib.sha256(path.read_bytes().replace(b"\r\n", b"\n")).hexdigest()
 
 # %% ../../nbs/32_records.ipynb #967592e6
-def summary_of(folder: Path, config: RunConfig, history: pd.DataFrame) -> dict[str, float]:
+def summary_of(
+    folder: Path,  # of the record
+    config: RunConfig,  # that it holds
+    history: pd.DataFrame,  # that it holds
+) -> dict[str, float]:
     "The figures of a complete run; nothing where it is not complete."
     done = folder / "summary.json"
     if not done.exists():
@@ -85,7 +96,9 @@ def summary_of(folder: Path, config: RunConfig, history: pd.DataFrame) -> dict[s
     return {**kept, **figures(history)}
 
 
-def load_record(folder: str | Path) -> Record:
+def load_record(
+    folder: str | Path,  # of one run
+) -> Record:
     "Read the record in `folder`, or refuse it with a `BadInput`."
     folder = Path(folder)
     try:
@@ -99,7 +112,9 @@ def load_record(folder: str | Path) -> Record:
         ) from e
 
 
-def load_records(folder: str | Path) -> list[Record]:
+def load_records(
+    folder: str | Path,  # is searched with all folders in it
+) -> list[Record]:
     "All complete records below `folder`, methods in the order of `METHODS`."
     done = [f.parent for f in sorted(Path(folder).rglob("summary.json"))]
     records = [load_record(f) for f in done if f.parent.name != "superseded"]

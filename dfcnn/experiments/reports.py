@@ -41,7 +41,9 @@ def figure_data(fig: plt.Figure) -> pd.DataFrame:  # a row for each line and eac
     return pd.DataFrame(rows, columns=["panel", "what", "points", "first x", "last x", "mean y", "last y"])
 
 # %% ../../nbs/41_reports.ipynb #bc0d81a6
-def folders(root: str | Path) -> dict[Path, list[Record]]:
+def folders(
+    root: str | Path,  # holds folders of records
+) -> dict[Path, list[Record]]:
     "The folders below `root` that hold records, and their records."
     found: dict[Path, list[Record]] = {}
     for r in load_records(root):
@@ -81,7 +83,9 @@ def render(
     return written
 
 # %% ../../nbs/41_reports.ipynb #bb61ae96
-def command_of(records: Sequence[Record]) -> str:
+def command_of(
+    records: Sequence[Record],  # of one folder
+) -> str:
     "What makes the records of a folder again."
     c = records[0].config
     data, methods = DATASETS[c.dataset], " ".join(dict.fromkeys(r.config.method for r in records))
@@ -96,7 +100,9 @@ def command_of(records: Sequence[Record]) -> str:
     return "papermill nbs/lifelong.ipynb out.ipynb " + " ".join(f"-p {k} {v}" for k, v in given.items())
 
 # %% ../../nbs/41_reports.ipynb #d47f5f57
-def notebook_title(path: Path) -> str:
+def notebook_title(
+    path: Path,  # of a notebook that was rendered
+) -> str:
     "The title of a rendered notebook and its line below."
     first = next(c for c in json.loads(path.read_text(encoding="utf-8"))["cells"] if c["cell_type"] == "markdown")
     lines = [line.strip() for line in "".join(first["source"]).splitlines() if line.strip()]
@@ -140,14 +146,18 @@ def index(root: str | Path = "reports") -> str:  # Markdown
     return "\n".join(lines)
 
 # %% ../../nbs/41_reports.ipynb #28583c19
-def draw_idea(path: Path) -> None:
+def draw_idea(
+    path: Path,  # the PNG file to write
+) -> None:
     "The README's picture: a layer of DF-CNN for two tasks."
     network = build_network("DF-CNN", "cifar100", n_tasks=2)
     with writing(path) as part:
         factorization_figure(network).savefig(part, format="png", dpi=110)
 
 
-def render_all(root: str | Path = "reports") -> None:
+def render_all(
+    root: str | Path = "reports",  # holds folders of records
+) -> None:
     "Draw everything again and write the index."
     for folder in render(root):
         print(folder)

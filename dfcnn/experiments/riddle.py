@@ -32,7 +32,9 @@ __all__ = ['VARIANTS', 'CANDIDATES', 'METHODS_ASKED', 'in_order', 'ScaledAtOnce'
            'Riddle', 'riddle_study', 'candidate_of', 'riddle_caption', 'riddle_table', 'riddle_figure']
 
 # %% ../../nbs/40_riddle.ipynb #17e8f937
-def in_order(dataset: DataSet) -> DataSet:
+def in_order(
+    dataset: DataSet,  # as the paper groups its classes
+) -> DataSet:
     "The same images, the classes of a task in their alphabetical order, which is that of CIFAR-100's labels."
     groups = dataset.groups()
     classes, size = sorted({c for _, own in groups for c in own}), len(groups[0][1])
@@ -61,7 +63,9 @@ class ScaledAtOnce(DataSet):
         return replace(task, **scaled)
 
 
-def scaled_at_once(dataset: DataSet) -> DataSet:
+def scaled_at_once(
+    dataset: DataSet,  # whose splits are scaled one by one
+) -> DataSet:
     "The same images, scaled with the statistics of all training images."
     own = {f.name: getattr(dataset, f.name) for f in fields(dataset)}
     names = dict(name=f"{dataset.name}-scaled-at-once", title=f"{dataset.title}, scaled at once")
@@ -198,7 +202,9 @@ def riddle_study(
     return Riddle(runs, DATASETS[dataset].images(data_dir), Path(output_dir), device)
 
 # %% ../../nbs/40_riddle.ipynb #61ea0d20
-def candidate_of(config: RunConfig) -> tuple[str, str]:
+def candidate_of(
+    config: RunConfig,  # of any run
+) -> tuple[str, str]:
     "The name of the candidate that a run belongs to, and the method as listed; empty where it is none."
     for c in CANDIDATES.values():
         method = config.method.removesuffix(f"-{c.dropout}") if c.dropout else config.method

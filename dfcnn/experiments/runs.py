@@ -51,7 +51,7 @@ class RunCheckpoint(Checkpoint):
 
 
 @contextmanager
-def using_threads(n: int):
+def using_threads(n: int):  # of torch on a CPU
     "Let torch compute with `n` threads."
     before = torch.get_num_threads()
     torch.set_num_threads(n)

@@ -50,7 +50,7 @@ class Study:
     output_dir: Path
     engine: Engine
     data_dir: str | None = None  # where workers find the images
-    until: float | None = None  # `time.time()` of the moment at which runs stop, to go on another day; None: no such
+    until: float | None = None  # `time.time()` of the moment at which runs stop, to go on another day; None: at their ends
 
     @property
     def dataset(self) -> DataSet:
@@ -233,7 +233,11 @@ def split_names(
     return [str(name) for name in names]
 
 
-def pick_methods(methods: str | list[str], architecture: str, together: bool = False) -> list[str]:
+def pick_methods(
+    methods: str | list[str],  # keys of `METHODS` in a list or a string, or "all"
+    architecture: str,  # its name, as in `build_network`
+    together: bool = False,  # are the tasks learned together?
+) -> list[str]:
     "Method names out of a list or a string ('STL HPS', 'STL, HPS', 'all'), checked to be buildable."
     fits = lambda m: not (together and METHODS[m].network.in_sequence)
     names = split_names("methods", methods, METHODS)
@@ -249,7 +253,13 @@ def pick_methods(methods: str | list[str], architecture: str, together: bool = F
     return names
 
 # %% ../../nbs/35_studies.ipynb #4be825f7
-def base_config(dataset: DataSet, *, tasks: int | None = None, seed: int, **settings: Any) -> RunConfig:
+def base_config(
+    dataset: DataSet,  # a listed one
+    *,
+    tasks: int | None = None,  # the first so many; None: all
+    seed: int,  # of the study
+    **settings: Any,  # more fields of `RunConfig`
+) -> RunConfig:
     "The configuration that all runs of a study have in common; its method is a placeholder."
     training, n = training_of(dataset), len(dataset.groups())
     return RunConfig(
@@ -264,8 +274,12 @@ def base_config(dataset: DataSet, *, tasks: int | None = None, seed: int, **sett
     )
 
 
-def check_places(dataset: DataSet, data_dir: str | None, output_dir: str) -> None:
-    "Refuse paths that are none, and a `data_dir` for images that come with the package."
+def check_places(
+    dataset: DataSet,
+    data_dir: str | None,  # where the user's images are; None: download, or drawn by the package
+    output_dir: str,  # where records go
+) -> None:
+    "Refuse what is no path, and a `data_dir` for images that come with the package."
     for name, value in dict(data_dir=data_dir, output_dir=output_dir).items():
         if value is None and name == "data_dir":
             continue
@@ -323,7 +337,11 @@ def lay_out(
     return Study(grid, images, output, engine, where)
 
 # %% ../../nbs/35_studies.ipynb #17e9ff9d
-def scoring_interval(epochs: int, times: int, at_least: int = 1) -> int:
+def scoring_interval(
+    epochs: int,  # of a task
+    times: int,  # at most so many scores of a task
+    at_least: int = 1,  # epochs between two scores, however many `times`
+) -> int:  # epochs between two scores
     "Epochs between two scores, so that there are at most so many `times` per task, and `at_least` so many epochs between two."
     return max(at_least, -(-epochs // times))
 

@@ -66,7 +66,11 @@ class Layer:
 ROLES = ["factorized", "shared", "own"]
 
 
-def fits(key: str | type, name: str, module: nn.Module) -> bool:
+def fits(
+    key: str | type,  # a name, which may hold `*`, or a type of layer
+    name: str,  # of the layer in the plain network
+    module: nn.Module,  # the layer
+) -> bool:
     "Does a key of a rule stand for this layer?"
     if isinstance(key, str):
         return fnmatch(name, key) or name.startswith(f"{key}.")
@@ -152,7 +156,10 @@ def check_network(net: nn.Module) -> None:
         known[id(p)] = name
 
 
-def head_layer(net: nn.Module, head: str) -> nn.Module:
+def head_layer(
+    net: nn.Module,  # the plain network
+    head: str,  # name of the layer whose outputs are the classes
+) -> nn.Module:
     "The layer of that name, whose outputs are the classes."
     there = [name for name, m in net.named_modules() if isinstance(m, nn.Linear)]
     layer = dict(net.named_modules()).get(head)
@@ -225,7 +232,10 @@ def layer_of(name: str, conv: nn.Conv2d) -> Layer:
     return Layer(name, tuple(kernel), cin, cout, conv.bias is not None)
 
 # %% ../../nbs/18_factorize.ipynb #7920ce76
-def given_sizes(layers: Sequence[Layer], sizes: dict[str, tuple[int, int]]) -> list[Layer]:
+def given_sizes(
+    layers: Sequence[Layer],  # that are factorized
+    sizes: dict[str, tuple[int, int]],  # name of each layer -> (ĉ, c)
+) -> list[Layer]:
     "Layers with the sizes (ĉ, c) that somebody has chosen."
     wrong = sizes.keys() ^ {layer.name for layer in layers}
     if wrong:
@@ -237,7 +247,12 @@ def given_sizes(layers: Sequence[Layer], sizes: dict[str, tuple[int, int]]) -> l
     return [replace(layer, kb=checked[layer.name][0], c=checked[layer.name][1]) for layer in layers]
 
 
-def within(layers: Sequence[Layer], budget: float, own: int, plain: int) -> list[Layer]:
+def within(
+    layers: Sequence[Layer],  # that are factorized
+    budget: float,  # values that a task may own, relative to the plain network
+    own: int,  # values that a task owns besides
+    plain: int,  # values of the plain network
+) -> list[Layer]:
     "Layers with sizes that meet the budget; `own` is what a task owns besides, `plain` the whole network."
     budget = check_number("budget", budget, 0, 100, whole=False)
     smallest = own + sum(replace(layer, kb=1, c=1).own for layer in layers)

@@ -59,7 +59,11 @@ class ProgNN(LifelongNetwork):
         "A column's own filters, without what comes through its adapters."
         return self.tasks[task].conv()
 
-    def features(self, x: torch.Tensor, task: int) -> torch.Tensor:
+    def features(
+        self,
+        x: torch.Tensor,  # images (batch, channels, height, width)
+        task: int,  # a column's place
+    ) -> torch.Tensor:
         "What the convolutions of column `task` make of `x`, layer by layer, each layer in all columns up to it."
         filters, h = [self.filters(t) for t in range(task + 1)], [x] * (task + 1)
         for layer, pool in enumerate(self.arch.pools):
@@ -70,7 +74,12 @@ class ProgNN(LifelongNetwork):
             ]
         return h[-1]
 
-    def lateral(self, h: list[torch.Tensor], t: int, layer: int) -> torch.Tensor | None:
+    def lateral(
+        self,
+        h: list[torch.Tensor],  # inputs to the layer in the earlier columns, (batch, cin, height, width) each
+        t: int,  # the column's place
+        layer: int,  # its number, from 0; the first has no adapters
+    ) -> torch.Tensor | None:
         "Sum of what the adapters of column `t` make of the earlier columns' inputs `h` to this layer."
         if layer == 0 or t == 0:
             return None

@@ -70,7 +70,9 @@ METHODS = {
 }
 
 
-def title_of(method: str) -> str:
+def title_of(
+    method: str,  # a key of `METHODS`
+) -> str:
     "The title of a method; its name where it is not listed in this process."
     return METHODS[method].title if method in METHODS else method
 
@@ -93,7 +95,11 @@ def build_network(
     return network
 
 # %% ../../nbs/19_registry.ipynb #3d994698
-def build_shapes(method: str, architecture: str, n_tasks: int | Sequence[int] = 0) -> LifelongNetwork:
+def build_shapes(
+    method: str,  # a key of `METHODS`
+    architecture: str,  # its name, as in `build_network`
+    n_tasks: int | Sequence[int] = 0,  # so many tasks are added; or the number of classes of each
+) -> LifelongNetwork:
     "The network of a method to be looked at and not to be used: without values, where the method can do without."
     try:
         with torch.device("meta"):
@@ -104,7 +110,10 @@ def build_shapes(method: str, architecture: str, n_tasks: int | Sequence[int] = 
         return build_network(method, architecture, n_tasks=n_tasks)
 
 
-def can_build(method: str, architecture: str) -> bool:
+def can_build(
+    method: str,  # a key of `METHODS`
+    architecture: str,  # its name, as in `build_network`
+) -> bool:
     "Is there a network of this method for this architecture?"
     try:
         build_shapes(method, architecture)

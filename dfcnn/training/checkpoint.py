@@ -26,7 +26,10 @@ from .schedule import FitCallback
 __all__ = ['checksum', 'save_tensors', 'load_tensors', 'optimizer_state', 'snapshot', 'restore', 'Checkpoint']
 
 # %% ../../nbs/26_checkpoint.ipynb #0c323dc5
-def checksum(tensors: dict[str, torch.Tensor], about: dict[str, str]) -> str:
+def checksum(
+    tensors: dict[str, torch.Tensor],
+    about: dict[str, str],  # what is said about them
+) -> str:  # 64 hexadecimal digits
     "SHA-256 of names, types, shapes and values, and of what is said about them."
     h = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
     for name in sorted(tensors):
@@ -36,7 +39,11 @@ def checksum(tensors: dict[str, torch.Tensor], about: dict[str, str]) -> str:
     return h.hexdigest()
 
 
-def save_tensors(tensors: dict[str, torch.Tensor], path: str | Path, **about: str) -> None:
+def save_tensors(
+    tensors: dict[str, torch.Tensor],  # on any device
+    path: str | Path,  # the file to write
+    **about: str,  # short texts that are kept with them
+) -> None:
     "Write named tensors, with short texts about them, to a safetensors file, whole or not at all."
     apart = {k: t.detach().cpu().clone(memory_format=torch.contiguous_format) for k, t in tensors.items()}
     try:
@@ -48,7 +55,9 @@ def save_tensors(tensors: dict[str, torch.Tensor], path: str | Path, **about: st
         raise OSError(f"'{path}' could not be written ({e}).{hint} What was there before is as it was.") from e
 
 
-def load_tensors(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+def load_tensors(
+    path: str | Path,
+) -> tuple[dict[str, torch.Tensor], dict[str, str]]:  # the tensors, on the CPU, and what is said about them
     "What `save_tensors` has written, or a `BadInput` where it is not whole."
     try:
         with safe_open(path, "pt") as f:

@@ -53,7 +53,7 @@ def score(
     return correct / len(data.y), loss / len(data.y)
 
 # %% ../../nbs/23_evaluation.ipynb #81a3df89
-def timestamp(device: torch.device) -> float | torch.Event:
+def timestamp(device: torch.device) -> float | torch.Event:  # seconds on a CPU
     "Now: by the clock on a CPU; on a GPU when it gets here in its work."
     if device.type == "cpu":
         return time.perf_counter()
@@ -62,7 +62,10 @@ def timestamp(device: torch.device) -> float | torch.Event:
     return event
 
 
-def seconds_between(start: float | torch.Event, end: float | torch.Event) -> float:
+def seconds_between(
+    start: float | torch.Event,  # as `timestamp` gives them
+    end: float | torch.Event,  # of the same device
+) -> float:
     "Seconds between two timestamps; those of a GPU must be over."
     return end - start if isinstance(end, float) else start.elapsed_time(end) / 1000
 
@@ -171,7 +174,7 @@ def read(self: Evaluate):
 
 @patch
 def check(self: Evaluate, m: PendingScore, losses: Sequence[float]):
-    "Stop where training has gone astray: a network whose loss is no number has no accuracy."
+    "Stop where a loss is infinite or no number: such a network has no accuracy."
     for batch, loss in enumerate(losses):
         if not loss < float("inf"):
             epoch, task_epoch, task = m.when

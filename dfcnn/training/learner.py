@@ -38,7 +38,10 @@ with warnings.catch_warnings():  # fastai 2.8 imports parts of torch that are ab
 __all__ = ['listens', 'TrainEval', 'TaskLearner', 'check_tasks', 'paper_settings', 'task_learner', 'lifelong_learner', 'train']
 
 # %% ../../nbs/24_learner.ipynb #f6a24a26
-def listens(cb: Callback, event: str) -> bool:
+def listens(
+    cb: Callback,
+    event: str,  # its name, such as "before_epoch"
+) -> bool:
     "Does a callback define this event?"
     return event in vars(cb) or hasattr(type(cb), event)
 
@@ -109,7 +112,11 @@ def refuse_callbacks(self: TaskLearner) -> None:
 
 # %% ../../nbs/24_learner.ipynb #9dda923b
 def check_tasks(
-    network: LifelongNetwork, tasks: Sequence[Task], schedule: Sequence[int], together: bool, batch_size: int
+    network: LifelongNetwork,
+    tasks: Sequence[Task],
+    schedule: Sequence[int],  # task of each epoch
+    together: bool,  # are all tasks there from the start?
+    batch_size: int,  # images
 ) -> None:
     "Refuse tasks that the network cannot learn by this schedule."
     if len(tasks) > network.max_tasks:
@@ -135,7 +142,12 @@ def check_tasks(
         network.check_classes(i, len(t.classes))
 
 # %% ../../nbs/24_learner.ipynb #33acf018
-def paper_settings(loss: str, mean_squares_restart: str, batch_size: int, given: dict) -> dict:
+def paper_settings(
+    loss: str,  # "sum" or "mean"
+    mean_squares_restart: str,  # "task" or "epoch"
+    batch_size: int,  # images
+    given: dict,  # settings of fastai's Learner that the caller has chosen
+) -> dict:  # with the paper's where they lack
     "The loss and the optimizer of the paper, where no others are given."
     if given.keys() & {"opt_func", "loss_func"} and (loss, mean_squares_restart) != ("sum", "task"):
         raise BadInput(

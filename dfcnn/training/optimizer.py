@@ -31,7 +31,10 @@ sum_cross_entropy.activation = partial(F.softmax, dim=-1)  # what `get_preds` ma
 sum_cross_entropy.decodes = partial(torch.argmax, dim=-1)  # and, `with_decoded`, of probabilities
 
 
-def gradient_scale(loss: str, batch_size: int) -> float:
+def gradient_scale(
+    loss: str,  # "sum" or "mean"
+    batch_size: int,  # images
+) -> float:
     "What turns the gradients of the sum into those of the `loss`, \"sum\" or \"mean\"."
     return 1.0 if check_choice("loss", loss, ["sum", "mean"]) == "sum" else 1 / batch_size
 

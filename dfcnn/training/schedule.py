@@ -24,17 +24,20 @@ __all__ = ['lifelong_schedule', 'multitask_schedule', 'FitCallback', 'TaskSwitch
            'restarts']
 
 # %% ../../nbs/21_schedule.ipynb #ff54d29a
-def lifelong_schedule(n_tasks: int, epochs: int) -> list[int]:
+def lifelong_schedule(
+    n_tasks: int,  # tasks 0, 1, 2, ...
+    epochs: int,  # of each task
+) -> list[int]:  # task of each epoch
     "One task at a time, in order, each for `epochs` epochs (App. B.1)."
     return [task for task in range(n_tasks) for _ in range(epochs)]
 
 # %% ../../nbs/21_schedule.ipynb #aeddddf6
 def multitask_schedule(
-    n_tasks: int,
+    n_tasks: int,  # tasks 0, 1, 2, ...
     epochs: int,  # of all tasks together
     draw: str = "uniform",  # at random (authors' code), or "round-robin" (App. B.1)
-    seed: int = 0,
-) -> list[int]:
+    seed: int = 0,  # of the random draw
+) -> list[int]:  # task of each epoch
     "A task for each epoch, when all tasks are there from the start."
     if check_choice("draw", draw, ["uniform", "round-robin"]) == "round-robin":
         return [epoch % n_tasks for epoch in range(epochs)]

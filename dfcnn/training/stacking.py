@@ -59,7 +59,10 @@ class StackedTrainer:
         self.captures, self.graph, self.taken = self.device.type == "cuda", None, 0
 
 # %% ../../nbs/27_stacking.ipynb #6af99051
-def shared_out(whole: torch.Tensor, parts: Sequence[torch.Tensor]) -> torch.Tensor:
+def shared_out(
+    whole: torch.Tensor,  # (k, ...)
+    parts: Sequence[torch.Tensor],  # k tensors (...)
+) -> torch.Tensor:
     "The stack of some tensors, of which they become slices."
     for o, part in zip(parts, whole):
         o.data = part
@@ -251,7 +254,9 @@ def other_dropout(learn: TaskLearner) -> bool:
     return any(isinstance(m, (Dropout, nn.modules.dropout._DropoutNd)) and id(m) not in known for m in learn.model.modules())
 
 
-def by_batch(learn: TaskLearner) -> str:
+def by_batch(
+    learn: TaskLearner,  # at the beginning of an epoch
+) -> str:
     "Why the epoch has to go batch by batch; empty where it has not."
     if looking := looking_on(learn):
         return f"{', '.join(looking)} {'look' if len(looking) > 1 else 'looks'} at single batches"
@@ -288,7 +293,9 @@ class FastEpochs(FitCallback):
         raise CancelTrainException()
 
 # %% ../../nbs/27_stacking.ipynb #ea996813
-def simple_settings(network: nn.Module) -> dict:
+def simple_settings(
+    network: nn.Module,  # of one trial
+) -> dict:
     "Attributes of a network that may decide what it computes, but for its seed."
     plain = lambda v: v is None or isinstance(v, (bool, int, float, str, tuple)) or is_dataclass(v)
     return {k: v for k, v in vars(network).items() if plain(v) and not k.startswith("_") and k != "seed"}
@@ -301,7 +308,9 @@ def stackable(network: nn.Module) -> bool:
     return not any(isinstance(m, norms) and m.track_running_stats or hooked(m) for m in network.modules())
 
 
-def work(learn: TaskLearner) -> tuple:
+def work(
+    learn: TaskLearner,  # at the beginning of an epoch
+) -> tuple:  # equal for Learners that can be stacked
     "What a step computes; Learners for which it is the same can be stacked."
     network, batches = learn.model, learn.dls.train
     head = network.head_of(learn.task)
@@ -319,7 +328,9 @@ def work(learn: TaskLearner) -> tuple:
     )
 
 
-def alike(learners: Sequence[TaskLearner]) -> list[list[TaskLearner]]:
+def alike(
+    learners: Sequence[TaskLearner],  # that are at the beginning of an epoch
+) -> list[list[TaskLearner]]:
     "The Learners in groups that can be trained as one."
     groups: list[list[TaskLearner]] = []
     for l in learners:
@@ -396,7 +407,9 @@ def run(self: Meeting) -> None:
         raise self.errors[0]
 
 # %% ../../nbs/27_stacking.ipynb #01189d0b
-def train_together(learners: Sequence[TaskLearner]) -> list[pd.DataFrame]:  # the histories
+def train_together(
+    learners: Sequence[TaskLearner],  # of the trials of a method
+) -> list[pd.DataFrame]:  # the histories
     "Run the schedule of several Learners to its end, an epoch's steps as one where that is possible."
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         if len(learners) == 1:
