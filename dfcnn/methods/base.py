@@ -18,7 +18,7 @@ from .architectures import Architecture
 
 # %% auto #0
 __all__ = ['max_pool_same', 'conv_block', 'weight', 'bias', 'Convolutions', 'Dropout', 'Head', 'LifelongNetwork', 'Parts',
-           'count_parameters']
+           'tasks_in', 'count_parameters']
 
 # %% ../../nbs/11_base.ipynb #34db882c
 def max_pool_same(
@@ -233,6 +233,15 @@ def callbacks(self: LifelongNetwork) -> list:
     return []
 
 # %% ../../nbs/11_base.ipynb #34ebe56b
+def tasks_in(state: dict) -> int:
+    "Number of tasks in a state dict, or a `BadInput` where it says another one than it holds."
+    own = [name.split(".") for name in state if name.startswith("tasks.")]
+    n, held = int(state["n_tasks"]), len({task for _, task, *what in own if what != ["classes"]})
+    if held not in (0, n) or n > 10_000:  # 0: of a method whose tasks own nothing
+        raise BadInput(f"The state says that it has {n:,} tasks, but it holds parameters of {held}. It is damaged, or of another network.")
+    return n
+
+
 @patch
 def outputs_in(self: LifelongNetwork, state: dict, task: int) -> int:
     "Number of classes of a task in a state dict."
@@ -242,7 +251,8 @@ def outputs_in(self: LifelongNetwork, state: dict, task: int) -> int:
 @patch
 def load_state_dict(self: LifelongNetwork, state: dict, *args, **kwargs):
     "Restore a state dict, adding the tasks that it holds first."
-    while len(self.tasks) < int(state["n_tasks"]):
+    n = tasks_in(state)
+    while len(self.tasks) < n:
         self.add_task(self.outputs_in(state, len(self.tasks)))
     return super(LifelongNetwork, self).load_state_dict(state, *args, **kwargs)
 

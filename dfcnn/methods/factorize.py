@@ -23,7 +23,7 @@ from torch.nn.parameter import is_lazy
 from torchvision.models import resnet18
 
 from ..core import BadInput, brief, check_choice, check_number, seeded, stream
-from .base import LifelongNetwork, Parts, count_parameters
+from .base import LifelongNetwork, Parts, count_parameters, tasks_in
 from .factorization import TwoStage, deconvolve, glorot, new_knowledge_base
 
 # %% auto #0
@@ -398,7 +398,7 @@ def make_head(self: FactorizedNetwork, classes: int) -> nn.Module:
 @patch
 def load_state_dict(self: FactorizedNetwork, state: dict, *args, **kwargs):
     "Restore a state dict, adding the tasks that it holds first."
-    for t in range(len(self.tasks), int(state["n_tasks"])):
+    for t in range(len(self.tasks), tasks_in(state)):
         name = bytes(state[f"tasks.{t}.name"].tolist()).decode()
         self.add_task(name, int(state[f"tasks.{t}.classes"]))
     self.kept.clear()
