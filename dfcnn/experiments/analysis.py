@@ -37,7 +37,7 @@ __all__ = ['SUPERCLASS', 'KEPT', 'EPOCHS', 'TASKS', 'SCORES', 'transfer_matrix',
            'KeepShared', 'in_turn', 'base_movement', 'movement_figure', 'filter_cosine', 'cka', 'layer_outputs',
            'filter_similarity', 'common_superclasses', 'alike_on_average', 'class_alikeness', 'rank_correlation',
            'agreement_table', 'agreement_figure', 'BaseTimes', 'with_base', 'factor_of', 'base_table', 'base_figure',
-           'analysis_study', 'run_and_keep']
+           'analysis_study', 'run_and_keep', 'before_training']
 
 # %% ../../nbs/42_analysis.ipynb #a4200006
 def transfer_matrix(
@@ -472,3 +472,9 @@ def run_and_keep(study: Study) -> tuple[Record, list[dict[str, torch.Tensor]]]:
     if not path.exists():
         raise BadInput(f"The record in '{record.folder}' was made without keeping its base. Move it away; this makes it anew.")
     return record, in_turn(load_tensors(path)[0])
+
+
+def before_training(config: RunConfig) -> LifelongNetwork:  # in evaluation mode
+    "The network with which a run begins, with all of its tasks: what was drawn and nothing learned."
+    seed, n = config.seed_of("init"), [len(classes) for _, classes in DATASETS[config.dataset].groups()][: config.tasks]
+    return build_network(config.method, DATASETS[config.dataset].architecture, seed, n_tasks=n).eval()
