@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from itertools import combinations
 from pathlib import Path
+from textwrap import fill
 from typing import Any, Sequence
 
 import matplotlib.pyplot as plt
@@ -85,12 +86,13 @@ def transfer_figure(
     of = lambda rs: sum(100 * transfer_matrix(r.history, since).to_numpy() for r in rs) / len(rs)
     matrices = {method: of(rs)[1:, :-1] for method, rs in groups.items()}
     largest = max(1.0, *(np.nanmax(np.abs(T), initial=0) for T in matrices.values()))
-    fig, axs = _panels(len(groups), 3.2, 3.1, sharey=True)
+    digits = 0 if largest >= 5 else 1
+    fig, axs = _panels(len(groups), 3.2 if len(groups) > 1 else 5, 3.1, sharey=True)
     for ax, (method, T) in zip(axs, matrices.items()):
         shown = ax.imshow(T, cmap="RdBu", vmin=-largest, vmax=largest)
         for i, j in np.argwhere(~np.isnan(T)):
             color = "w" if abs(T[i, j]) > 0.6 * largest else "k"
-            text = "0" if round(T[i, j]) == 0 else f"{T[i, j]:+.0f}"
+            text = f"{T[i, j]:+.{digits}f}" if round(T[i, j], digits) else "0"
             ax.text(j, i, text, ha="center", va="center", fontsize=7, color=color)
         ax.set_title(title_of(method), fontsize=9)
         ax.set_xticks(range(n - 1), range(1, n), fontsize=7)
@@ -157,6 +159,13 @@ def base_movement(
     return pd.DataFrame(rows, index=pd.RangeIndex(1, len(kept), name="task")).rename_axis(columns="shared")
 
 # %% ../../nbs/42_analysis.ipynb #a420001a
+def _titled(fig: plt.Figure, title: str) -> plt.Figure:
+    wide = int(14 * fig.get_figwidth())  # characters that fit beside each other
+    fig.suptitle("\n".join(fill(line, wide) for line in title.splitlines()), x=0.01, ha="left", fontsize=9)
+    plt.close(fig)
+    return fig
+
+
 def movement_figure(
     moved: pd.DataFrame,  # of `base_movement`
     title: str,  # with data and schedule
@@ -169,9 +178,7 @@ def movement_figure(
     ax.xaxis.get_major_locator().set_params(integer=True)
     ax.grid(alpha=0.3)
     fig.legend(fontsize=8, loc="outside right center")
-    fig.suptitle(title, x=0.01, ha="left", fontsize=9)
-    plt.close(fig)
-    return fig
+    return _titled(fig, title)
 
 # %% ../../nbs/42_analysis.ipynb #a420001d
 def filter_cosine(
@@ -336,7 +343,7 @@ def agreement_figure(
 ) -> plt.Figure:
     "Similarity of filters against that of classes, a dot for each pair of tasks: cosine above, CKA below, a column for each layer."
     layers = sorted(similarity.layer.unique())
-    fig, axs = plt.subplots(2, len(layers), figsize=(2.4 * len(layers), 4.4), sharex=True, sharey="row", squeeze=False, layout="constrained")
+    fig, axs = plt.subplots(2, len(layers), figsize=(2.2 * len(layers) + 1.8, 4.4), sharex=True, sharey="row", squeeze=False, layout="constrained")
     for column, layer in zip(axs.T, layers):
         now, then = (s[s.layer == layer].merge(alikeness, on=["a", "b"]) for s in (similarity, untrained))
         column[0].axhspan(now.low.mean(), now.high.mean(), color="0.88", label="by chance (95%, mean)")
@@ -349,11 +356,10 @@ def agreement_figure(
             ax.grid(alpha=0.3)
     axs[0][0].set_ylabel("cosine of filters", fontsize=9)
     axs[1][0].set_ylabel("CKA of outputs", fontsize=9)
-    fig.legend(*axs[0][0].get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncols=3)
-    fig.supxlabel(f"how alike the classes are ({of})", fontsize=9)
-    fig.suptitle(title, x=0.01, ha="left", fontsize=9)
-    plt.close(fig)
-    return fig
+    for ax in axs[1]:
+        ax.set_xlabel(f"classes: {of}", fontsize=8)
+    fig.legend(*axs[0][0].get_legend_handles_labels(), fontsize=8, loc="outside right center")
+    return _titled(fig, title)
 
 # %% ../../nbs/42_analysis.ipynb #a4200030
 class BaseTimes(DFCNN):
@@ -413,7 +419,7 @@ def base_figure(records: Sequence[Record]) -> plt.Figure:
     for i, (key, label) in enumerate((("forgetting_ratio", "of the peak (the paper's)"), ("forgetting_ratio_of_end", "of the end of its task"))):
         ax.plot(table.base, table[key], "-", color=f"C{i}", label=label)
         sizes = [table.base[factor_of(r.config.method)] for r in rs]
-        ax.plot(sizes, [r.summary[key] for r in rs], "o", ms=4, color=f"C{i}")
+        ax.plot(sizes, [r.summary[key] for r in rs], "ox"[i], ms=6 - i, color=f"C{i}", mfc="none")
     ax.axhline(1, color="0.6", ls=":", lw=1)
     ax.set(xscale="log", xlabel="parameters of all knowledge bases", ylabel="forgetting ratio")
     ax.set_xticks(table.base, [f"{n:,}" for n in table.base])
