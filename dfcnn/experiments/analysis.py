@@ -149,11 +149,11 @@ def in_turn(state: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:  #
 
 def base_movement(
     kept: Sequence[dict[str, torch.Tensor]],  # of `KeepShared`
-) -> pd.DataFrame:  # rows: task, from 1; columns: shared parameter; 0 where it stood still
+) -> pd.DataFrame:  # rows: task, from 1; columns: shared parameter; 0 where it stood still, NaN where it grew
     "Relative change of each shared parameter with each task."
     size = lambda p: float(torch.linalg.vector_norm(p.double()))
     rows = [
-        {k: size(after[k] - before[k]) / size(before[k]) for k in before if size(before[k])}
+        {k: size(after[k] - p) / size(p) for k, p in before.items() if p.shape == after[k].shape and size(p)}
         for before, after in zip(kept, kept[1:])
     ]
     return pd.DataFrame(rows, index=pd.RangeIndex(1, len(kept), name="task")).rename_axis(columns="shared")
@@ -474,6 +474,8 @@ def run_and_keep(study: Study) -> tuple[Record, list[dict[str, torch.Tensor]]]:
     "Carry out a study's first run, in this process, and keep its base at the end of each task."
     config = study.configs[0]
     path = study.output_dir / config.name / KEPT
+    if not path.exists():
+        print(f"{study.title_of(config)} goes first, in this process, and keeps its base.", flush=True)
     record = run(config, study.images, study.output_dir, study.engine.device, [KeepShared(path)], study.engine.threads)
     if not path.exists():
         raise BadInput(f"The record in '{record.folder}' was made without keeping its base. Move it away; this makes it anew.")
