@@ -84,8 +84,8 @@ def test_transfer_of_committed_records_is_what_plain_counting_gives(folder):
         assert np.nanmin(T) < 0
 
 
-def test_pairs_of_tasks_are_drawn_by_their_tasks():
-    "With twice the pairs of the same tasks an interval does not narrow; pairs drawn one by one would narrow it."
+def test_an_interval_asks_for_ranks_alone():
+    "Which task of a pair comes first does not matter, nor by how much the ranks lie apart."
     g = np.random.default_rng(1)
     pairs = pd.DataFrame([dict(a=a, b=b, x=g.normal()) for b in range(10) for a in range(b)])
     pairs["y"] = pairs.x + g.normal(size=len(pairs))
@@ -117,6 +117,17 @@ def test_filters_made_alike_are_found():
     classes = pd.DataFrame([dict(a=0, b=1, likeness=1.0), dict(a=0, b=2, likeness=0.0), dict(a=1, b=2, likeness=-1.0)])
     table = agreement_table(alike.reset_index(), classes)
     assert table.index.tolist() == [1, 2, 3, 4] and table.columns.tolist() == ["cosine, likeness", "cka, likeness"]
+
+
+def test_an_interval_is_as_wide_as_tasks_are_few():
+    "What a task brings to all of its pairs is there once for each task: pairs drawn one by one would not know."
+    g = np.random.default_rng(0)
+    own = g.normal(size=(2, 12))  # of each task: one for x, one for y
+    pairs = pd.DataFrame([dict(a=a, b=b, x=own[0, a] + own[0, b], y=own[1, a] + own[1, b]) for b in range(12) for a in range(b)])
+    _, low, high = rank_correlation(pairs, "x", "y")
+    drawn = [pairs.iloc[g.integers(len(pairs), size=len(pairs))] for _ in range(500)]
+    by_pairs = np.quantile([d.x.corr(d.y, method="spearman") for d in drawn], [0.025, 0.975])
+    assert high - low > 1.3 * np.ptp(by_pairs)
 
 
 @pytest.fixture
