@@ -436,7 +436,7 @@ EPOCHS, TASKS, SCORES = 10, 5, 5  # of a short run: per task, on a stand-in, and
 @delegates(lifelong_study, but=["methods", "loss", "mean_squares_restart", "score_every", "eval_every", "size"])
 def analysis_study(
     dataset: str = "shapes",
-    factors: str | list[str] = "0.25 1 4",  # sizes of the base, times that of the authors' code, which is one of them
+    factors: str | float | list[float] = "0.25 1 4",  # sizes of the base, times that of the authors' code, which is one of them
     records: str | None = None,  # folders with records whose transfer is shown; None: those of the repository, or this study's
     epochs: int | None = None,  # per task; None: a short run
     tasks: int | None = None,  # None: all; five on a stand-in where `epochs` is None, too
@@ -446,8 +446,9 @@ def analysis_study(
 ) -> tuple[Study, list[list[Record]]]:  # what is to be run, and the records of each folder
     "Check everything, read records, and list the runs."
     try:
-        sizes = [float(f) for f in split_names("factors", factors, ["0.25", "1", "4"])]
-    except ValueError as e:
+        named = factors if isinstance(factors, (str, list)) else [factors]  # papermill makes a number of one number
+        sizes = [float(f) for f in (named.replace(",", " ").split() if isinstance(named, str) else named)]
+    except (TypeError, ValueError) as e:
         raise BadInput(f"Parameter 'factors' must name numbers such as '0.25 1 4' ({e}).") from e
     methods = list(dict.fromkeys(["DF-CNN", *map(with_base, sizes)]))
     check_choice("data set", dataset, [d for d in DATASETS if not DATASETS[d].own])
