@@ -207,6 +207,11 @@ def _hsic(K: torch.Tensor, L: torch.Tensor) -> torch.Tensor:
     return ((K * L).sum() + pairs - 2 / (n - 2) * (K.sum(0) @ L.sum(0))) / (n * (n - 3))
 
 
+def _aligned(K: torch.Tensor, L: torch.Tensor) -> float:
+    scale = _hsic(K, K) * _hsic(L, L)
+    return float(_hsic(K, L) / scale.sqrt()) if scale > 0 else float("nan")
+
+
 def cka(
     X: torch.Tensor,  # outputs of a layer on n images (n, ...), n > 3
     Y: torch.Tensor,  # of another on the same images (n, ...)
@@ -214,9 +219,7 @@ def cka(
     "Linear centered kernel alignment, without bias."
     if len(X) != len(Y) or len(X) < 4:
         raise BadInput(f"CKA compares outputs on the same images, at least four, and these are on {len(X)} and {len(Y)}.")
-    K, L = _similarities(X), _similarities(Y)
-    scale = _hsic(K, K) * _hsic(L, L)
-    return float(_hsic(K, L) / scale.sqrt()) if scale > 0 else float("nan")
+    return _aligned(_similarities(X), _similarities(Y))
 
 # %% ../../nbs/42_analysis.ipynb #a4200023
 @torch.no_grad()
@@ -242,13 +245,13 @@ def filter_similarity(
     rows, n = [], len(network.tasks)
     with torch.no_grad():
         filters = [network.filters(t) for t in range(n)]
-    outputs = [layer_outputs(network, x, t) for t in range(n)]
+    seen = [[_similarities(X) for X in layer_outputs(network, x, t)] for t in range(n)]  # once for all pairs
     for layer in range(len(filters[0])):
         for a, b in combinations(range(n), 2):
             cosine, chance = filter_cosine(filters[a][layer][0], filters[b][layer][0], seed=seed)
             low, high = np.quantile(chance, [0.025, 0.975])
             row = dict(layer=layer + 1, a=a, b=b, cosine=cosine, chance=chance.mean(), low=low, high=high)
-            rows.append(row | dict(cka=cka(outputs[a][layer], outputs[b][layer])))
+            rows.append(row | dict(cka=_aligned(seen[a][layer], seen[b][layer])))
     return pd.DataFrame(rows)
 
 # %% ../../nbs/42_analysis.ipynb #a4200027
