@@ -31,7 +31,7 @@ ROOMS = {  # first digit of a library notebook -> heading
     "4": "Open questions",
     "5": "Your own images",
 }
-FIRST = "lifelong guide results paper own_tasks any_network own_method mtl ablations differences".split()  # applications, in this order; then all others
+FIRST = "lifelong guide results paper own_tasks any_network own_method analysis mtl ablations differences".split()  # applications, in this order; then all others
 PAGES = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
 DIRECTIVE = re.compile(r"^#\s*\|\s*([\w-]+)[: \t]*([^\n]*)\n?", re.M)
 CODE = re.compile(r"(^(?P<fence>```+|~~~+).*?^(?P=fence)[ \t]*$)|(?P<ticks>`+)(?P<span>.+?)(?P=ticks)", re.M | re.S)

@@ -22,7 +22,7 @@ from dfcnn.experiments.verdicts import claims, scorecard, target_table
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
 NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
-APPLICATIONS = [n for n in NOTEBOOKS if n.stem in ("lifelong", "ablations", "mtl", "paper", "riddle", "any_network")]
+APPLICATIONS = [n for n in NOTEBOOKS if n.stem in ("lifelong", "ablations", "mtl", "paper", "riddle", "any_network", "analysis")]
 
 
 def call(*args, cwd=ROOT, ok=True, **env) -> subprocess.CompletedProcess:
@@ -163,6 +163,19 @@ def test_the_riddle_runs_through_papermill(tmp_path):
     assert shown.count("image/png") == 2 and "mean loss and restart" in shown
 
 
+def test_the_analysis_runs_through_papermill(tmp_path):
+    out, notebook = tmp_path / "out.ipynb", ROOT / "nbs/analysis.ipynb"
+    short = ("epochs", 1, "tasks", 3, "trials", 1, "factors", "0.25 1")
+    papermill(out, *short, notebook=notebook)  # no reports there: its own run is shown
+    shown = "".join(json.dumps(c.get("outputs", [])) for c in nbformat.read(out, 4).cells)
+    assert shown.count("image/png") == 4  # movement, filters, transfer, bases
+    assert "SHORT RUN: 1 of 2000 epochs per task and 3 of 10 tasks" in shown and "in a single trial" in shown
+    assert len(list((tmp_path / "reports/analysis/shapes").glob("*/shared.safetensors"))) == 1
+    papermill(out, *short, "records", ROOT / "reports/full/cifar100", notebook=notebook)
+    shown = "".join(json.dumps(c.get("outputs", [])) for c in nbformat.read(out, 4).cells)
+    assert "the paper's schedule of 2000 epochs per task" in shown and "complete record found" in shown
+
+
 def test_officehome_runs_where_its_folder_is(tmp_path, home):
     papermill(
         tmp_path / "out.ipynb",
@@ -222,6 +235,13 @@ REFUSED = {  # notebook -> parameters and what is said of them
     "riddle": [
         (("dataset", "mnist"), "Unknown data set 'mnist'"),
         (("candidates", "magic"), "Unknown candidate 'magic'"),
+    ],
+    "analysis": [
+        (("dataset", "mnist"), "Unknown data set 'mnist'"),
+        (("factors", "big"), "Parameter 'factors' must name numbers"),
+        (("record", "."), "Unknown parameter 'record'. Did you mean 'records'?"),
+        (("records", "."), "There are no complete records of several tasks"),
+        (("tasks", "1"), "let there be at least two"),
     ],
     "ablations": [
         (
