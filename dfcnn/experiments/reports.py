@@ -24,7 +24,7 @@ from .records import Record, load_records
 from .riddle import candidate_of, riddle_caption
 
 # %% auto #0
-__all__ = ['figure_data', 'folders', 'render', 'command_of', 'notebook_title', 'index', 'draw_idea', 'render_all']
+__all__ = ['OF_READERS', 'figure_data', 'folders', 'render', 'command_of', 'notebook_title', 'index', 'draw_idea', 'render_all']
 
 # %% ../../nbs/41_reports.ipynb #98dcae18
 def figure_data(fig: plt.Figure) -> pd.DataFrame:  # a row for each line and each image of values
@@ -41,12 +41,17 @@ def figure_data(fig: plt.Figure) -> pd.DataFrame:  # a row for each line and eac
     return pd.DataFrame(rows, columns=["panel", "what", "points", "first x", "last x", "mean y", "last y"])
 
 # %% ../../nbs/41_reports.ipynb #bc0d81a6
+OF_READERS = "lifelong", "ablations", "mtl", "any_network", "analysis"  # where notebooks put a reader's own runs
+
+
 def folders(
     root: str | Path,  # holds folders of records
 ) -> dict[Path, list[Record]]:
-    "The folders below `root` that hold records, and their records."
+    "The folders below `root` that hold records, and their records; without what a reader has run."
     found: dict[Path, list[Record]] = {}
     for r in load_records(root):
+        if r.folder.relative_to(root).parts[0] in OF_READERS:
+            continue
         found.setdefault(r.folder.parent, []).append(r)
     return dict(sorted(found.items()))
 
