@@ -82,27 +82,27 @@ class StopEarly(Callback):
     order = 55  # after the scores, before the checkpoint
 
     def __init__(self, patience: int):  # 0: never stop, but end with the best epoch's weights
-        self.patience, self.losses, self.kept = patience, [], {}
+        self.patience, self.losses, self.best = patience, [], {}
 
     def after_epoch(self):
         scores = self.learn.evaluate.history
         self.losses.append(float(scores[scores.split == "valid"].loss.iloc[-1]))
         if self.losses[-1] <= min(self.losses):
-            self.kept = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
+            self.best = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
         since = len(self.losses) - 1 - self.losses.index(min(self.losses))
         if self.patience and since >= self.patience:
             raise CancelFitException()
 
     def after_fit(self):
-        if self.kept:
-            self.model.load_state_dict(self.kept)
+        if self.best:
+            self.model.load_state_dict(self.best)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        return dict(losses=torch.tensor(self.losses, dtype=torch.float64), **{f"kept/{k}": v for k, v in self.kept.items()})
+        return dict(losses=torch.tensor(self.losses, dtype=torch.float64), **{f"kept/{k}": v for k, v in self.best.items()})
 
     def load_state_dict(self, state: dict[str, torch.Tensor]):
         self.losses = state["losses"].tolist()
-        self.kept = {k.removeprefix("kept/"): v for k, v in state.items() if k.startswith("kept/")}
+        self.best = {k.removeprefix("kept/"): v for k, v in state.items() if k.startswith("kept/")}
 
 # %% ../nbs/50_vision.ipynb #7ee1a0da
 class Augment(Callback):
