@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from dfcnn.data.images import CIFAR100_CLASSES, OFFICEHOME_CLASSES
+from dfcnn.methods.registry import METHODS
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = Path(os.environ.get("DFCNN_SHARED", ROOT.parent / "shared"))
@@ -25,6 +26,15 @@ def shared() -> Path:
             f"no reference data in {SHARED}: set DFCNN_SHARED to the folder that holds oracle/ and data/"
         )
     return SHARED
+
+
+@pytest.fixture(autouse=True)
+def methods_as_they_were():
+    "What a test lists as a method is not listed for the next one."
+    before = dict(METHODS)
+    yield
+    METHODS.clear()
+    METHODS.update(before)
 
 
 def picture(path: Path, size, color) -> None:
