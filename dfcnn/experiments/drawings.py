@@ -55,7 +55,7 @@ def _block(ax: plt.Axes, x: float, y: float, shape: Sequence[int], color: str, l
         ax.plot([left, left + width], [low + height * i / shape[1]] * 2, color="white", lw=0.5)
     for i in range(1, shape[2]):
         ax.plot([left + width * i / shape[2]] * 2, [low, low + height], color="white", lw=0.5)
-    ax.text(x, low - 0.08, label, ha="center", va="top", fontsize=7.5, color=INK)
+    ax.text(x, low - 0.06, label, ha="center", va="top", fontsize=9, color=INK)
     return left, left + width + depth
 
 
@@ -63,7 +63,7 @@ def _arrow(ax: plt.Axes, start: tuple[float, float], end: tuple[float, float], l
     ax.add_patch(FancyArrowPatch(start, end, arrowstyle="-|>", mutation_scale=11, lw=1.2, color=color, shrinkA=2, shrinkB=2))
     if label:
         middle, plain = [(a + b) / 2 for a, b in zip(start, end)], dict(facecolor="white", lw=0, pad=1.5)
-        ax.text(*middle, label, ha="center", va="center", fontsize=7.5, color=INK, bbox=plain)
+        ax.text(*middle, label, ha="center", va="center", fontsize=9, color=INK, bbox=plain)
 
 # %% ../../nbs/37_drawings.ipynb #6f7ae25a
 def factorization_figure(
@@ -74,21 +74,21 @@ def factorization_figure(
     "How two tasks turn a layer's knowledge base into filters (as Fig. 1); all sizes are the network's."
     if network.generator is not TwoStage or len(network.tasks) <= max(tasks):
         raise BadInput(f"The drawing is of a DF-CNN that knows tasks {[t + 1 for t in tasks]}, and this one is a {type(network).__name__} of {len(network.tasks)}.")
-    fig, (ax,) = _page(10, 1.1 + 1.9 * len(tasks))
-    height = 2.2 * len(tasks)
-    _bare(ax, 11, height + 0.3)
+    fig, (ax,) = _page(7.6, 0.3 + 1.65 * len(tasks))
+    height = 2.1 * len(tasks)
+    _bare(ax, 9.7, height)
     kb = network.kb[layer]
     form = lambda *shape: " × ".join(map(str, shape))
-    _, right = _block(ax, 1.1, height / 2, kb.shape, SHARED, f"knowledge base $L$\n{form(*kb.shape)}\nshared by all tasks")
+    _, right = _block(ax, 1.0, height / 2, kb.shape, SHARED, f"knowledge base $L$\n{form(*kb.shape)}\nshared by all tasks")
     for row, task in enumerate(tasks):
-        own, y = network.tasks[task].generators[layer], height - 1.1 - 2.2 * row
+        own, y = network.tasks[task].generators[layer], height - 0.9 - 2.1 * row
         D, (W, _) = deconvolve(kb.detach(), own.V.detach(), own.deconv_bias.detach()), own(kb)
-        left, end = _block(ax, 5.0, y, D.shape, OWN, f"$D_{task + 1}$\n{form(*D.shape)}")
-        last, edge = _block(ax, 9.0, y, (W.shape[0] * W.shape[1], *W.shape[2:]), OWN, f"filters $W_{task + 1}$\n{form(*W.shape)}")
+        left, end = _block(ax, 4.6, y, D.shape, OWN, f"$D_{task + 1}$\n{form(*D.shape)}")
+        last, edge = _block(ax, 8.0, y, (W.shape[0] * W.shape[1], *W.shape[2:]), OWN, f"filters $W_{task + 1}$\n{form(*W.shape)}")
         _arrow(ax, (right, height / 2), (left, y), f"deconvolution $V_{task + 1}$\n{form(*own.V.shape)}", OWN)
         _arrow(ax, (end, y), (last, y), f"contraction $U_{task + 1}$\n{form(*own.U.shape)}", OWN)
-        ax.text(edge + 0.15, y, f"task {task + 1}", ha="left", va="center", fontsize=9, color=INK)
-    ax.set_title(f"Layer {layer + 1}: orange is shared, blue is a task's own", loc="left", fontsize=9, color=INK)
+        ax.text(edge + 0.1, y, f"task {task + 1}", ha="left", va="center", fontsize=10, color=INK)
+    ax.set_title(f"Layer {layer + 1}: orange is shared, blue is a task's own", loc="left", fontsize=10, color=INK)
     return fig
 
 # %% ../../nbs/37_drawings.ipynb #1cd3ace9

@@ -157,7 +157,7 @@ def draw_idea(
     "The README's picture: a layer of DF-CNN for two tasks."
     network = build_network("DF-CNN", "cifar100", n_tasks=2)
     with writing(path) as part:
-        factorization_figure(network).savefig(part, format="png", dpi=110)
+        factorization_figure(network).savefig(part, format="png", dpi=150)
 
 
 def render_all(
