@@ -14,6 +14,7 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 import pandas as pd
+from fastcore.basics import patch
 from scipy import stats
 
 from ..core import BadInput, writing
@@ -164,7 +165,7 @@ class Metric:
     def __post_init__(self):
         object.__setattr__(self, "of", once(self.of))
 
-
+# %% ../../nbs/38_verdicts.ipynb #1ff043ab
 def schedule_of(record: Record) -> str:
     "How long a run was, beside the paper's."
     c = record.config
@@ -184,7 +185,7 @@ def doubts(values: Sequence[float], study: Sequence[Record]) -> list[str]:
     reasons = {"short run": study[0].config.short, "one trial": len(values) == 1}
     return [reason for reason, holds in reasons.items() if holds]
 
-
+# %% ../../nbs/38_verdicts.ipynb #ee745d5d
 WIDE, NONE = "the interval reaches over the bound", "no trial has it"
 NOT_RUN = dict(
     mean=np.nan, effect="", trials=0, schedule="", verdict="not run", stands="", because="", records=""
@@ -204,55 +205,61 @@ class Evidence:
     form: str = "{:+.3g}"
     one_machine: bool = False  # a trial counts only where its runs were made on the same machine
 
-    def values(self, study: Sequence[Record]) -> pd.Series:  # indexed by trial
-        "The number of every trial that has it."
-        found = {}
-        for trial in sorted({r.config.trial for r in study}):
-            runs = {r.config.method: r for r in study if r.config.trial == trial}
-            if not set(self.methods) <= set(runs):
-                continue
-            runs = [runs[m] for m in self.methods]
-            machines = {tuple(r.made_with.get(k) for k in ("device", "machine", "threads")) for r in runs}
-            if not self.one_machine or len(machines) == 1:
-                found[trial] = self.of(*runs)
-        return pd.Series(found, dtype=float).dropna()
+# %% ../../nbs/38_verdicts.ipynb #32e9ba70
+@patch
+def values(self: Evidence, study: Sequence[Record]) -> pd.Series:  # indexed by trial
+    "The number of every trial that has it."
+    found = {}
+    for trial in sorted({r.config.trial for r in study}):
+        runs = {r.config.method: r for r in study if r.config.trial == trial}
+        if not set(self.methods) <= set(runs):
+            continue
+        runs = [runs[m] for m in self.methods]
+        machines = {tuple(r.made_with.get(k) for k in ("device", "machine", "threads")) for r in runs}
+        if not self.one_machine or len(machines) == 1:
+            found[trial] = self.of(*runs)
+    return pd.Series(found, dtype=float).dropna()
 
-    def best(self, groups: Sequence[Sequence[Record]]) -> tuple[pd.Series, Sequence[Record]]:
-        "The numbers from the longest schedule that has them, then from the most trials, and their study."
-        found = [(self.values(g), g) for g in groups if g[0].config.dataset == self.dataset]
-        length = lambda pair: (pair[1][0].config.epochs, pair[1][0].config.tasks, len(pair[0]))
-        return max((p for p in found if len(p[0])), key=length, default=(pd.Series(dtype=float), []))
+# %% ../../nbs/38_verdicts.ipynb #8d7d4787
+@patch
+def best(self: Evidence, groups: Sequence[Sequence[Record]]) -> tuple[pd.Series, Sequence[Record]]:
+    "The numbers from the longest schedule that has them, then from the most trials, and their study."
+    found = [(self.values(g), g) for g in groups if g[0].config.dataset == self.dataset]
+    length = lambda pair: (pair[1][0].config.epochs, pair[1][0].config.tasks, len(pair[0]))
+    return max((p for p in found if len(p[0])), key=length, default=(pd.Series(dtype=float), []))
 
-    def find(
-        self,
-        groups: Sequence[Sequence[Record]],  # as `studies` returns them
-    ) -> dict[str, object]:  # a row of `findings`
-        "What the records say."
-        values, study = self.best(groups)
-        data = DATASETS[self.dataset].title
-        row = dict(data=data, metric=self.metric, what=self.what, claimed=str(self.rule))
-        if not len(values):
-            there = {r.config.method for g in groups for r in g if r.config.dataset == self.dataset}
-            missing = [title_of(m) for m in self.methods if m not in there]
-            why = (
-                f"no record on {data}"
-                if not there
-                else f"no record of {', '.join(missing)}" if missing else NONE
-            )
-            return row | dict(NOT_RUN, because=why)
-        there, why = self.rule.decide(values), doubts(values, study)
-        return row | dict(
-            mean=values.mean(),
-            effect=effect(values, self.form),
-            trials=len(values),
-            schedule=schedule_of(study[0]),
-            verdict="undecided" if why else there,
-            stands=there if len(values) > 1 else "",
-            because="; ".join(why or [WIDE] * (there == "undecided")),
-            records=study[0].folder.parent.as_posix(),
+# %% ../../nbs/38_verdicts.ipynb #39838793
+@patch
+def find(
+    self: Evidence,
+    groups: Sequence[Sequence[Record]],  # as `studies` returns them
+) -> dict[str, object]:  # a row of `findings`
+    "What the records say."
+    values, study = self.best(groups)
+    data = DATASETS[self.dataset].title
+    row = dict(data=data, metric=self.metric, what=self.what, claimed=str(self.rule))
+    if not len(values):
+        there = {r.config.method for g in groups for r in g if r.config.dataset == self.dataset}
+        missing = [title_of(m) for m in self.methods if m not in there]
+        why = (
+            f"no record on {data}"
+            if not there
+            else f"no record of {', '.join(missing)}" if missing else NONE
         )
+        return row | dict(NOT_RUN, because=why)
+    there, why = self.rule.decide(values), doubts(values, study)
+    return row | dict(
+        mean=values.mean(),
+        effect=effect(values, self.form),
+        trials=len(values),
+        schedule=schedule_of(study[0]),
+        verdict="undecided" if why else there,
+        stands=there if len(values) > 1 else "",
+        because="; ".join(why or [WIDE] * (there == "undecided")),
+        records=study[0].folder.parent.as_posix(),
+    )
 
-
+# %% ../../nbs/38_verdicts.ipynb #f2430f4c
 def single(dataset: str, metric: Metric, method: str, rule: Rule) -> Evidence:
     "A metric of one method."
     return Evidence(dataset, (method,), metric.title, title_of(method), metric.of, rule)
@@ -334,7 +341,7 @@ def kept_after(k: int) -> Metric:
     title = f"forgetting ratio after {k} more task{'s' * (k > 1)}"
     return Metric(title, lambda r: float(_curve(r).get(k, np.nan)))
 
-
+# %% ../../nbs/38_verdicts.ipynb #612e3408
 def _slope(r: Record) -> float:
     curve = _curve(r)
     return float(stats.linregress(curve.index, curve).slope) if len(curve) > 1 else np.nan
@@ -354,7 +361,7 @@ def _most_changed(r: Record) -> float:
     moves = (R - np.diag(R)).abs().max()  # each column against its own diagonal
     return float(100 * moves.iloc[:-1].max())
 
-
+# %% ../../nbs/38_verdicts.ipynb #fe44e2cc
 def _late_gain(r: Record) -> float:
     R = accuracy_matrix(r.history)
     return 100 * _mean((R.loc[9] - R.loc[6]).loc[:6], range(7)) if len(R) == 10 else np.nan
@@ -372,7 +379,7 @@ def _peak_of_seen(r: Record) -> float:
     again = [i for i, g in enumerate(group) if g in group[:i]]
     return _mean(_peaks(r), again) if again else np.nan
 
-
+# %% ../../nbs/38_verdicts.ipynb #210ea6d6
 PEAK = Metric("peak accuracy (points)", lambda r: float(_peaks(r).mean()))
 PEAK_OF_SEEN = Metric("peak accuracy on classes seen in the other domain (points)", _peak_of_seen)
 SLOPE = Metric("forgetting ratio, slope per task learned since", _slope)
@@ -657,7 +664,7 @@ def findings(records: Sequence[Record]) -> pd.DataFrame:  # a row for each piece
     groups = studies(records)
     return pd.DataFrame([dict(id=c.id, **e.find(groups)) for c in claims() for e in c.evidence])
 
-
+# %% ../../nbs/38_verdicts.ipynb #86622108
 def command(claim: Claim) -> str:
     "What makes the records of a claim, at the paper's length."
     lines: dict[str, dict[str, None]] = {}
@@ -678,7 +685,7 @@ def command(claim: Claim) -> str:
         f'{line} -p methods "{" ".join(m for m in METHODS if m in ms)}"' for line, ms in lines.items()
     )
 
-
+# %% ../../nbs/38_verdicts.ipynb #0c885cc2
 def scorecard(
     records: Sequence[Record],
     found: pd.DataFrame | None = None,  # their `findings`, where they are known
@@ -733,7 +740,7 @@ PRINTED = {  # metric of targets.csv -> (ours, the margin for the paper's value)
 }
 WORDS = {"reproduced": "agrees", "contradicted": "differs", "undecided": "undecided"}
 
-
+# %% ../../nbs/38_verdicts.ipynb #27ce8b89
 def _size(row: pd.Series, method: str) -> dict[str, object]:
     setting = next(k for k, v in SETTINGS.items() if v[:2] == (row.dataset, row.setting))
     ours, paper = Counted(setting, method, within(1)).count()
@@ -747,7 +754,7 @@ def _size(row: pd.Series, method: str) -> dict[str, object]:
         because="" if agrees else f"by {100 * (ours / paper - 1):+.1f}%",
     )
 
-
+# %% ../../nbs/38_verdicts.ipynb #391b805f
 def _number(row: pd.Series, method: str, groups: Sequence[Sequence[Record]]) -> dict[str, object]:
     kind = row.setting.removeprefix("mtl_")
     dataset = row.dataset if kind == "lifelong" else f"{row.dataset}-{kind}-{row.train_fraction}"
@@ -770,7 +777,7 @@ def _number(row: pd.Series, method: str, groups: Sequence[Sequence[Record]]) -> 
         records=study[0].folder.parent.as_posix(),
     )
 
-
+# %% ../../nbs/38_verdicts.ipynb #4b5ab895
 def target_table(records: Sequence[Record]) -> pd.DataFrame:  # a row for each target
     "Every number that the paper prints, ours, and whether they agree."
     groups, rows = studies(records), []
