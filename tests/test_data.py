@@ -21,8 +21,11 @@ from dfcnn.data.tasks import officehome_groups
 
 
 @pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("DFCNN_CACHE", str(tmp_path / "cache"))
+def own_cache(request, tmp_path, tmp_path_factory, monkeypatch):
+    "An empty cache for each test; real images are decoded once for all of a process."
+    real = "shared" in request.fixturenames
+    cache = tmp_path_factory.getbasetemp() / "cache-of-real-images" if real else tmp_path / "cache"
+    monkeypatch.setenv("DFCNN_CACHE", str(cache))
 
 
 def test_cifar_folder_archive_and_cache(cifar, tmp_path, monkeypatch):

@@ -33,7 +33,7 @@ LIFELONG = RunConfig("shapes", "DF-CNN", epochs=2, tasks=2, **PAPER)
 TOGETHER = RunConfig("digits-heterogeneous-10%", "HPS", epochs=10, tasks=5, schedule="uniform", **PAPER)
 CASES = [
     LIFELONG,
-    replace(LIFELONG, method="DEN", epochs=6),  # its stages begin within an epoch, and it grows
+    replace(LIFELONG, method="DEN", epochs=4),  # its stages begin within an epoch, and it grows
     replace(TOGETHER, method="TF-distillation"),  # trains other networks first
     TOGETHER,
 ]
