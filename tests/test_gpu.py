@@ -14,7 +14,7 @@ from dfcnn.training.learner import Callback, lifelong_learner, train
 from dfcnn.training.stacking import FastEpochs, StackedTrainer, train_together
 from dfcnn.experiments.studies import lifelong_study
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA GPU here")
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA GPU here; on a machine with one run pytest tests/test_gpu.py")
 METHODS = ["STL", "HPS", "ProgNN", "TF", "DF-CNN", "DF-CNN.direct", "DF-CNN.tc2"]
 
 

@@ -22,6 +22,8 @@ from filelock import FileLock
 from dfcnn.core import BadInput
 from dfcnn.data.datasets import DATASETS
 from dfcnn.data.images import Images
+from dfcnn.methods.base import count_parameters
+from dfcnn.methods.registry import build_network
 from dfcnn.training.checkpoint import load_tensors
 from dfcnn.experiments.configuration import RunConfig
 from dfcnn.experiments.records import load_record
@@ -89,6 +91,8 @@ def processes():
 def test_a_run_that_is_killed_goes_on(moment, tmp_path, undisturbed, processes):
     config, chance = CASES[moment % len(CASES)], random.Random(moment)
     expected, took = undisturbed(moment % len(CASES))
+    if config.method == "DEN":  # else there would be no growth to go on with
+        assert expected[1]["parameters"] > count_parameters(build_network("DEN", "cifar100", n_tasks=config.tasks))
     killed = False
     while not killed:
         shutil.rmtree(tmp_path / config.name, ignore_errors=True)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from itertools import combinations
 from pathlib import Path
-from textwrap import fill
 from typing import Any, Sequence
 
 import matplotlib.pyplot as plt
@@ -27,7 +26,7 @@ from ..methods.registry import METHODS, build_network, build_shapes, register, t
 from ..training.checkpoint import load_tensors, save_tensors
 from ..training.schedule import FitCallback
 from .configuration import RunConfig
-from .figures import _finish, _panels, by_method
+from .figures import by_method, finish, panels, titled
 from .metrics import accuracy_matrix, mean_ci
 from .records import Record, load_records
 from .runs import run
@@ -87,7 +86,7 @@ def transfer_figure(
     matrices = {method: of(rs)[1:, :-1] for method, rs in groups.items()}
     largest = max(1.0, *(np.nanmax(np.abs(T), initial=0) for T in matrices.values()))
     digits = 0 if largest >= 5 else 1
-    fig, axs = _panels(len(groups), 3.2 if len(groups) > 1 else 5, 3.1, sharey=True)
+    fig, axs = panels(len(groups), 3.2 if len(groups) > 1 else 5, 3.1, sharey=True)
     for ax, (method, T) in zip(axs, matrices.items()):
         shown = ax.imshow(T, cmap="RdBu", vmin=-largest, vmax=largest)
         for i, j in np.argwhere(~np.isnan(T)):
@@ -101,7 +100,7 @@ def transfer_figure(
     fig.supxlabel("test accuracy on task", fontsize=9)
     fig.supylabel("after learning task", fontsize=9)
     since = {"end": "the end of its own training", "step": "the task before"}[since]
-    return _finish(fig, records, f"Change of each task's accuracy since {since} (points)")
+    return finish(fig, records, f"Change of each task's accuracy since {since} (points)")
 
 # %% ../../nbs/42_analysis.ipynb #a4200012
 class KeepShared(FitCallback):
@@ -159,13 +158,6 @@ def base_movement(
     return pd.DataFrame(rows, index=pd.RangeIndex(1, len(kept), name="task")).rename_axis(columns="shared")
 
 # %% ../../nbs/42_analysis.ipynb #a420001a
-def _titled(fig: plt.Figure, title: str) -> plt.Figure:
-    wide = int(14 * fig.get_figwidth())  # characters that fit beside each other
-    fig.suptitle("\n".join(fill(line, wide) for line in title.splitlines()), x=0.01, ha="left", fontsize=9)
-    plt.close(fig)
-    return fig
-
-
 def movement_figure(
     moved: pd.DataFrame,  # of `base_movement`
     title: str,  # with data and schedule
@@ -178,7 +170,7 @@ def movement_figure(
     ax.xaxis.get_major_locator().set_params(integer=True)
     ax.grid(alpha=0.3)
     fig.legend(fontsize=8, loc="outside right center")
-    return _titled(fig, title)
+    return titled(fig, title)
 
 # %% ../../nbs/42_analysis.ipynb #a420001d
 def filter_cosine(
@@ -362,7 +354,7 @@ def agreement_figure(
     for ax in axs[1]:
         ax.set_xlabel(f"classes: {of}", fontsize=8)
     fig.legend(*axs[0][0].get_legend_handles_labels(), fontsize=8, loc="outside right center")
-    return _titled(fig, title)
+    return titled(fig, title)
 
 # %% ../../nbs/42_analysis.ipynb #a4200030
 class BaseTimes(DFCNN):
@@ -429,7 +421,7 @@ def base_figure(records: Sequence[Record]) -> plt.Figure:
     ax.minorticks_off()
     ax.grid(alpha=0.3)
     fig.legend(fontsize=8, loc="outside right center")
-    return _finish(fig, rs, "Forgetting against the size of the base; a dot for each trial, lines are means")
+    return finish(fig, rs, "Forgetting against the size of the base; a dot for each trial, lines are means")
 
 # %% ../../nbs/42_analysis.ipynb #a4200036
 KEPT = "shared.safetensors"  # beside a record: what `KeepShared` has written

@@ -39,9 +39,10 @@ from .records import Record
 
 # %% auto #0
 __all__ = ['SETTINGS', 'GREYS', 'LIFELONG_REPORT', 'ABLATION_REPORT', 'MULTITASK_REPORT', 'targets', 'target', 'parameter_table',
-           'size_table', 'comparable', 'by_method', 'caption', 'peak_table', 'learning_curves', 'forgetting_figure',
-           'convergence_figure', 'progress_figure', 'matrix_figure', 'cost_table', 'by_fraction', 'error_table',
-           'cost_of_errors', 'error_curves', 'settings_of', 'report_suffix', 'write_report']
+           'size_table', 'comparable', 'by_method', 'caption', 'peak_table', 'panels', 'titled', 'finish',
+           'learning_curves', 'forgetting_figure', 'convergence_figure', 'progress_figure', 'matrix_figure',
+           'cost_table', 'by_fraction', 'error_table', 'cost_of_errors', 'error_curves', 'settings_of', 'report_suffix',
+           'write_report']
 
 # %% ../../nbs/36_figures.ipynb #e7311ba1
 def targets() -> pd.DataFrame:
@@ -189,7 +190,8 @@ def peak_table(records: Sequence[Record]) -> pd.DataFrame:  # a row for each met
 GREYS = {"STL": "0.25", "STL-large": "0.65"}  # dotted lines of reference
 
 
-def _panels(n: int, width: float, height: float, **kw) -> tuple[plt.Figure, np.ndarray]:
+def panels(n: int, width: float, height: float, **kw) -> tuple[plt.Figure, np.ndarray]:
+    "A figure of `n` panels of this size in inches, three in a row, and all its axes."
     columns = min(n, 3)
     fig, axs = plt.subplots(
         -(-n // columns),
@@ -206,12 +208,17 @@ def _panels(n: int, width: float, height: float, **kw) -> tuple[plt.Figure, np.n
     return fig, axs.flat
 
 
-def _finish(fig: plt.Figure, records: Sequence[Record], title: str) -> plt.Figure:
+def titled(fig: plt.Figure, title: str) -> plt.Figure:
+    "The figure with a title of one or more lines, broken where they are too long for it."
     wide = int(14 * fig.get_figwidth())  # characters that fit beside each other
-    lines = (fill(text, wide) for text in (title, caption(records)))
-    fig.suptitle("\n".join(lines), x=0.01, ha="left", fontsize=9)
+    fig.suptitle("\n".join(fill(line, wide) for line in title.splitlines()), x=0.01, ha="left", fontsize=9)
     plt.close(fig)
     return fig
+
+
+def finish(fig: plt.Figure, records: Sequence[Record], title: str) -> plt.Figure:
+    "The figure with its title and the caption of its records."
+    return titled(fig, f"{title}\n{caption(records)}")
 
 
 def _mean_over_trials(
@@ -225,7 +232,7 @@ def _mean_over_trials(
 def learning_curves(records: Sequence[Record]) -> plt.Figure:
     "Test accuracy of every learned task over the epochs of the run, a panel for each method (Fig. 4, 6, 7)."
     groups, c = by_method(records), records[0].config
-    fig, axs = _panels(len(groups), 4.2, 2.9, sharex=True, sharey=True)
+    fig, axs = panels(len(groups), 4.2, 2.9, sharex=True, sharey=True)
     for ax, (method, rs) in zip(axs, groups.items()):
         test = pd.concat([r.history for r in rs]).query("split == 'test'")
         for task in range(c.tasks):
@@ -249,7 +256,7 @@ def learning_curves(records: Sequence[Record]) -> plt.Figure:
         ax.grid(alpha=0.3)
     fig.supxlabel("epochs of the run", fontsize=9)
     fig.supylabel("test accuracy (%)", fontsize=9)
-    return _finish(fig, records, "Mean test accuracy in lifelong learning (as Fig. 4); dotted: peak of STL")
+    return finish(fig, records, "Mean test accuracy in lifelong learning (as Fig. 4); dotted: peak of STL")
 
 # %% ../../nbs/36_figures.ipynb #55078632
 def _by_method_plot(
@@ -274,7 +281,7 @@ def _by_method_plot(
     ax.xaxis.get_major_locator().set_params(integer=True)
     ax.grid(alpha=0.3)
     fig.legend(fontsize=8, loc="outside right center")
-    return _finish(fig, records, title)
+    return finish(fig, records, title)
 
 
 def forgetting_figure(records: Sequence[Record]) -> plt.Figure:
@@ -315,13 +322,13 @@ def progress_figure(records: Sequence[Record]) -> plt.Figure:
     ax.xaxis.set_major_formatter("{x:g}")
     ax.grid(alpha=0.3)
     fig.legend(fontsize=8, loc="outside right center")
-    return _finish(fig, records, "Accuracy of a task while it is trained, mean over the tasks")
+    return finish(fig, records, "Accuracy of a task while it is trained, mean over the tasks")
 
 # %% ../../nbs/36_figures.ipynb #b4fd126f
 def matrix_figure(records: Sequence[Record]) -> plt.Figure:
     "Mean accuracy matrix of each method, in percent, with backward transfer in the title."
     groups, n = by_method(records), records[0].config.tasks
-    fig, axs = _panels(len(groups), 1.2 + 0.34 * n, 1.1 + 0.32 * n)
+    fig, axs = panels(len(groups), 1.2 + 0.34 * n, 1.1 + 0.32 * n)
     matrices = {
         method: 100 * sum(accuracy_matrix(r.history).to_numpy() for r in rs) / len(rs)
         for method, rs in groups.items()
@@ -348,7 +355,7 @@ def matrix_figure(records: Sequence[Record]) -> plt.Figure:
         ax.set_yticks(range(n), range(1, n + 1), fontsize=7)
     fig.supxlabel("test accuracy on task", fontsize=9)
     fig.supylabel("after learning task", fontsize=9)
-    return _finish(fig, records, "Accuracy matrix (%)")
+    return finish(fig, records, "Accuracy matrix (%)")
 
 # %% ../../nbs/36_figures.ipynb #94695b3a
 def cost_table(records: Sequence[Record]) -> pd.DataFrame:  # a row for each method
@@ -423,7 +430,7 @@ def cost_of_errors(records: Sequence[Record]) -> pd.DataFrame:  # a row for each
 def error_curves(records: Sequence[Record]) -> plt.Figure:
     "Mean test error over tasks and trials by epoch, a panel for each fraction."
     groups = by_fraction(records)
-    fig, axs = _panels(len(groups), 4.6 if len(groups) > 1 else 7, 3.4, sharex=True)
+    fig, axs = panels(len(groups), 4.6 if len(groups) > 1 else 7, 3.4, sharex=True)
     for ax, (fraction, group) in zip(axs, groups.items()):
         for i, (method, rs) in enumerate(by_method(group).items()):
             error = 100 * (1 - pd.concat([task_means(r.history).test for r in rs], axis=1).mean(axis=1))
@@ -438,7 +445,7 @@ def error_curves(records: Sequence[Record]) -> plt.Figure:
     fig.legend(*axs[0].get_legend_handles_labels(), fontsize=8, loc="outside right center")
     fig.supxlabel("epochs of all tasks together", fontsize=9)
     fig.supylabel("test error (%)", fontsize=9)
-    return _finish(fig, records, "Mean test error in multi-task learning")
+    return finish(fig, records, "Mean test error in multi-task learning")
 
 # %% ../../nbs/36_figures.ipynb #29b4af32
 LIFELONG_REPORT = {
@@ -467,7 +474,8 @@ def report_suffix(
 ) -> str:  # "" where they agree
     "In what a report differs from the first one of its folder, for the names of its files."
     differ = {k: v for k, v in settings.items() if first.get(k, LATER.get(k)) != v}
-    said = ["-" + k.replace("_", "-") + "+".join(map(str, v if isinstance(v, list) else [v])) for k, v in differ.items()]
+    values = {k: v if isinstance(v, list) else [v] for k, v in differ.items()}
+    said = [f"-{k}{'-' * isinstance(v[0], str)}".replace("_", "-") + "+".join(map(str, v)) for k, v in values.items()]
     return re.sub(r"[^\w.+%-]", "_", "".join(said))
 
 # %% ../../nbs/36_figures.ipynb #cfb7cc7a

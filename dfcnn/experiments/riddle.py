@@ -21,7 +21,7 @@ from ..data.tasks import DataSet, Task
 from ..methods.base import Dropout
 from ..methods.registry import METHODS, register, title_of
 from .configuration import TRAINING, RunConfig
-from .figures import _finish, _panels, caption, target
+from .figures import finish, panels, caption, target
 from .metrics import accuracy_by_epoch
 from .records import Record, load_record
 from .runs import run
@@ -266,7 +266,7 @@ def riddle_figure(records: Sequence[Record]) -> plt.Figure:  # of one length
         groups.setdefault(candidate_of(r.config)[0], []).append(r)
     groups.pop("", None)
     groups = {n: groups[n] for n in CANDIDATES if n in groups}
-    fig, axs = _panels(len(groups), 3.2, 2.2, sharex=True, sharey=True)
+    fig, axs = panels(len(groups), 3.2, 2.2, sharex=True, sharey=True)
     for ax, (name, rs) in zip(axs, groups.items()):
         for i, method in enumerate(METHODS_ASKED):
             ax.axhline(target("cifar100", title_of(method), "peak_per_task_accuracy")[0], color=f"C{i}", ls=":", lw=1)
@@ -278,4 +278,4 @@ def riddle_figure(records: Sequence[Record]) -> plt.Figure:  # of one length
     fig.legend(*axs[0].get_legend_handles_labels(), fontsize=8, loc="outside right center")
     fig.supxlabel("epochs of the task", fontsize=9)
     fig.supylabel("test accuracy (%)", fontsize=9)
-    return _finish(fig, _as_released(records), "The candidates")
+    return finish(fig, _as_released(records), "The candidates")
