@@ -86,7 +86,7 @@ def transfer_figure(
     matrices = {method: of(rs)[1:, :-1] for method, rs in groups.items()}
     largest = max(1.0, *(np.nanmax(np.abs(T), initial=0) for T in matrices.values()))
     digits = 0 if largest >= 5 else 1
-    fig, axs = panels(len(groups), 3.2 if len(groups) > 1 else 5, 3.1, sharey=True)
+    fig, axs = panels(len(groups), 3.2, 3.1, sharey=True)
     for ax, (method, T) in zip(axs, matrices.items()):
         shown = ax.imshow(T, cmap="RdBu", vmin=-largest, vmax=largest)
         for i, j in np.argwhere(~np.isnan(T)):

@@ -193,6 +193,7 @@ GREYS = {"STL": "0.25", "STL-large": "0.65"}  # dotted lines of reference
 def panels(n: int, width: float, height: float, **kw) -> tuple[plt.Figure, np.ndarray]:
     "A figure of `n` panels of this size in inches, three in a row, and all its axes."
     columns = min(n, 3)
+    width = max(width, 5 / columns)  # a caption needs room for its words
     fig, axs = plt.subplots(
         -(-n // columns),
         columns,
