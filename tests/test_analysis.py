@@ -153,7 +153,8 @@ def test_a_run_that_was_stopped_has_kept_the_same(tmp_path, config):
 def test_a_study_is_read_again_and_not_trained(tmp_path):
     asked = dict(factors="0.5 2", epochs=1, tasks=2, trials=1, output_dir=str(tmp_path), device="cpu", workers=1)
     study, told = analysis_study(**asked, records=str(ROOT / "reports/long/cifar100"))
-    assert [len(g) for g in told] == [3] and {r.config.method for r in told[0]} == {"STL", "HPS", "DF-CNN"}
+    there = {f.parent.name for f in (ROOT / "reports/long/cifar100").glob("*/summary.json")}  # more with every long run
+    assert [{r.folder.name for r in g} for g in told] == [there] and len(there) >= 3
     record, kept = run_and_keep(study)
     assert record.config.method == "DF-CNN" and (record.folder / KEPT).exists()
     table = base_table(study.run())
