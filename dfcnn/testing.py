@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from .core import stream
+from .data.images import Images
 from .data.tasks import Split, Task
 from .methods.architectures import Architecture
 from .methods.base import LifelongNetwork
@@ -22,8 +23,8 @@ from .methods.sharing import HPS, STL
 from .training.learner import TaskLearner, lifelong_learner
 
 # %% auto #0
-__all__ = ['TOY', 'TOY_SIZES', 'TOY_NETWORKS', 'noise_tasks', 'bright_tasks', 'Undropped', 'plain_cnn', 'ShortcutCNN',
-           'toy_learner', 'precision']
+__all__ = ['TOY', 'TOY_SIZES', 'TOY_NETWORKS', 'noise_tasks', 'bright_tasks', 'few_images', 'Undropped', 'plain_cnn',
+           'ShortcutCNN', 'toy_learner', 'precision']
 
 # %% ../nbs/28_testing.ipynb #77b20381
 TOY = Architecture(
@@ -61,6 +62,17 @@ def bright_tasks(
 
     names, sets = [str(k) for k in range(classes)], dict(train=n, valid=9, test=150)
     return [Task(f"toy {t + 1}", names, *(split(t, m, name) for name, m in sets.items())) for t in range(n_tasks)]
+
+# %% ../nbs/28_testing.ipynb #88cdbbb4
+def few_images(
+    images: Images,
+    test: int = 5,  # test images of each class that are kept
+) -> Images:
+    "A data set with its training images and the first test images of each class."
+    kept = [images.of(p, k)[: test if p == "test" else None] for p in images.parts for k in range(len(images.classes))]
+    keep = torch.cat(kept).sort().values
+    return Images(images.x[keep], images.y[keep], images.part[keep], images.classes, images.parts)
+
 
 # %% ../nbs/28_testing.ipynb #6081f0dd
 class Undropped(STL):

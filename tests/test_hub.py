@@ -271,5 +271,6 @@ def test_the_users_sentence(hub, tmp_path):
     papermill(out, "dataset", "officehome", "epochs", 1, "tasks", 1, "methods", "STL")
     (record,) = (tmp_path / "reports/lifelong/officehome").glob("*/summary.json")
     assert json.loads(record.read_text())["parameters"] == 2_679_437
+    assert "paper: peak accuracy" in (record.parent.parent / "table.csv").read_text()
     assert [f for f, _ in hub.asked] == FILES
     assert "MiB of Office-Home downloaded" in out.read_text() and "IProgress" not in out.read_text()

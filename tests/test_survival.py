@@ -15,7 +15,6 @@ from functools import lru_cache
 from pathlib import Path
 
 import pytest
-import torch
 from dask.distributed import Client, LocalCluster
 from filelock import FileLock
 
@@ -24,6 +23,7 @@ from dfcnn.data.datasets import DATASETS
 from dfcnn.data.images import Images
 from dfcnn.methods.base import count_parameters
 from dfcnn.methods.registry import build_network
+from dfcnn.testing import few_images
 from dfcnn.training.checkpoint import load_tensors
 from dfcnn.experiments.configuration import RunConfig
 from dfcnn.experiments.records import load_record
@@ -44,12 +44,9 @@ MOMENTS = 20
 
 @lru_cache
 def few(dataset: str) -> Images:
-    "Images of a data set, with few to test on."
-    images, keep = DATASETS[dataset].images(None), []
-    for label in range(len(images.classes)):
-        keep += [images.of("train", label), images.of("test", label)[: 5 if dataset == "shapes" else None]]
-    keep = torch.cat(keep)
-    return Images(images.x[keep], images.y[keep], images.part[keep], images.classes, images.parts)
+    "Images of a data set, those of the stand-in with few to test on."
+    images = DATASETS[dataset].images(None)
+    return few_images(images) if dataset == "shapes" else images
 
 
 def work(config: RunConfig, folder: Path) -> None:
@@ -171,7 +168,7 @@ def dask_cluster(tmp_path):
 
 def test_where_runs_are_carried_out_changes_no_number(tmp_path, dask_cluster):
     def study(name: str, **where) -> list[tuple]:
-        grid = dict(methods="STL DF-CNN", epochs=1, tasks=2, trials=2, output_dir=str(tmp_path / name))
+        grid = dict(methods="STL DF-CNN", epochs=1, tasks=1, trials=2, output_dir=str(tmp_path / name))
         records = lifelong_study(**grid, **where).run()
         assert len(records) == 4
         return [numbers(r.folder) for r in records]

@@ -188,7 +188,16 @@ def doubts(values: Sequence[float], study: Sequence[Record]) -> list[str]:
 # %% ../../nbs/38_verdicts.ipynb #ee745d5d
 WIDE, NONE = "the interval reaches over the bound", "no trial has it"
 NOT_RUN = dict(
-    mean=np.nan, effect="", trials=0, schedule="", verdict="not run", stands="", because="", records=""
+    mean=np.nan,
+    effect="",
+    trials=0,
+    schedule="",
+    verdict="not run",
+    stands="",
+    stands_effect="",
+    stands_on="",
+    because="",
+    records="",
 )
 
 
@@ -222,11 +231,27 @@ def values(self: Evidence, study: Sequence[Record]) -> pd.Series:  # indexed by 
 
 # %% ../../nbs/38_verdicts.ipynb #8d7d4787
 @patch
-def best(self: Evidence, groups: Sequence[Sequence[Record]]) -> tuple[pd.Series, Sequence[Record]]:
+def best(
+    self: Evidence, groups: Sequence[Sequence[Record]], least: int = 1  # trials
+) -> tuple[pd.Series, Sequence[Record]]:
     "The numbers from the longest schedule that has them, then from the most trials, and their study."
     found = [(self.values(g), g) for g in groups if g[0].config.dataset == self.dataset]
     length = lambda pair: (pair[1][0].config.epochs, pair[1][0].config.tasks, len(pair[0]))
-    return max((p for p in found if len(p[0])), key=length, default=(pd.Series(dtype=float), []))
+    return max((p for p in found if len(p[0]) >= least), key=length, default=(pd.Series(dtype=float), []))
+
+# %% ../../nbs/38_verdicts.ipynb #16b68ac9
+@patch
+def as_it_stands(self: Evidence, groups: Sequence[Sequence[Record]]) -> dict[str, str]:
+    "The verdict on the longest study of two trials or more, whatever its length, and which study that is."
+    values, study = self.best(groups, least=2)
+    if not len(values):
+        return dict(stands="", stands_effect="", stands_on="")
+    return dict(
+        stands=self.rule.decide(values),
+        stands_effect=effect(values, self.form),
+        stands_on=f"{len(values)} trials, {schedule_of(study[0])}",
+    )
+
 
 # %% ../../nbs/38_verdicts.ipynb #39838793
 @patch
@@ -247,14 +272,15 @@ def find(
             else f"no record of {', '.join(missing)}" if missing else NONE
         )
         return row | dict(NOT_RUN, because=why)
-    there, why = self.rule.decide(values), doubts(values, study)
+    why = doubts(values, study)
+    there, several = self.rule.decide(values), self.as_it_stands(groups)
     return row | dict(
         mean=values.mean(),
         effect=effect(values, self.form),
         trials=len(values),
         schedule=schedule_of(study[0]),
         verdict="undecided" if why else there,
-        stands=there if len(values) > 1 else "",
+        **several,
         because="; ".join(why or [WIDE] * (there == "undecided")),
         records=study[0].folder.parent.as_posix(),
     )
@@ -719,6 +745,7 @@ def scorecard(
                 claim=c.says,
                 verdict=c.verdict(own.verdict.tolist()),
                 stands=counts(own.stands),
+                stands_on=unique(own.stands_on),
                 because=unique(why),
                 effect="; ".join(lines),
                 measured=unique(seen.metric),
