@@ -39,7 +39,7 @@ from .data.tasks import Split, Task
 from .methods.architectures import Architecture, architecture_for
 from .methods.base import LifelongNetwork, count_parameters
 from .methods.deconvolutional import DFCNN
-from .methods.factorize import Form
+from .methods.factorize import FactorizedNetwork, Form
 from .methods.registry import METHODS, Method
 from .methods.sharing import HPS, STL
 from .training.checkpoint import Checkpoint, checksum, load_tensors, save_tensors
@@ -55,9 +55,10 @@ with warnings.catch_warnings():  # fastai 2.8 imports parts of torch that are ab
 _all_ = ["DFCNN", "HPS", "STL", "OwnTasks", "aug_transforms", "tasks_from_datasets", "tasks_from_folder"]
 
 # %% auto #0
-__all__ = ['MODEL', 'FORMAT', 'FitSettings', 'StopEarly', 'Augment', 'ShowEpochs', 'plain_network', 'like', 'wilson', 'Learned',
-           'find_method', 'find_name', 'ImageLearner', 'image_learner', 'read_model', 'load_learner', 'compare',
-           'DFCNN', 'HPS', 'STL', 'OwnTasks', 'aug_transforms', 'tasks_from_datasets', 'tasks_from_folder']
+__all__ = ['MODEL', 'FORMAT', 'FitSettings', 'StopEarly', 'Augment', 'ShowEpochs', 'cnn_layers', 'like', 'OneTask', 'recorded',
+           'plain_network', 'wilson', 'Learned', 'find_method', 'find_name', 'ImageLearner', 'image_learner',
+           'read_model', 'load_learner', 'compare', 'DFCNN', 'HPS', 'STL', 'OwnTasks', 'aug_transforms',
+           'tasks_from_datasets', 'tasks_from_folder']
 
 # %% ../nbs/50_vision.ipynb #6b4489c3
 @dataclass(frozen=True)
@@ -150,17 +151,13 @@ class ShowEpochs(Callback):
         self.bar.update(self.bar.total)
 
 # %% ../nbs/50_vision.ipynb #095cbcc9
-def plain_network(
+def cnn_layers(
     network: LifelongNetwork,
     task: int,  # its place in the network
-    prepare: Preparation,  # how the task's images were scaled
-) -> nn.Sequential:  # pixels from 0 to 1 (n, channels, size, size) -> logits
-    "The CNN of one task, made of torch's layers."
-    if type(network).forward not in (LifelongNetwork.forward, getattr(METHODS["SNN"].network, "forward")):
-        raise BadInput(f"The network of a task of {type(network).__name__} is no plain CNN, and cannot be written out as one. Use `predict`.")
-    scale = nn.BatchNorm2d(prepare.channels, eps=0.0, affine=False)
-    scale.running_mean.copy_(torch.tensor(prepare.mean)), scale.running_var.copy_(torch.tensor(prepare.std) ** 2)
-    layers, side = [scale], prepare.size
+    side: int,  # of its images, pixels
+) -> list[nn.Module]:
+    "A task's CNN as torch's layers."
+    layers = []
     for (W, b), pool in zip(network.filters(task), network.arch.pools):
         layers += [like(nn.Conv2d(W.shape[1], len(W), W.shape[-1], padding=W.shape[-1] // 2), W, b), nn.ReLU()]
         if pool:
@@ -173,13 +170,62 @@ def plain_network(
     for i, (W, b) in enumerate(zip(head.W, head.b)):
         W, b = (W, b) if i + 1 < len(head.W) else (W[:n], b[:n])
         layers += ([nn.ReLU()] if i else []) + [like(nn.Linear(W.shape[1], len(W)), W, b)]
-    return nn.Sequential(*layers).eval().requires_grad_(False)
+    return layers
 
 
 def like(layer: nn.Module, W: torch.Tensor, b: torch.Tensor) -> nn.Module:
     "A layer with these weights."
     layer.weight.data.copy_(W.detach()), layer.bias.data.copy_(b.detach())
     return layer
+
+
+# %% ../nbs/50_vision.ipynb #4d78ab6b
+class OneTask(nn.Module):
+    "A network with its task chosen."
+
+    def __init__(self, network: LifelongNetwork, task: int):
+        super().__init__()
+        self.network, self.task = network, task
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        return self.network(pixels, self.task)
+
+
+def recorded(
+    network: LifelongNetwork,
+    task: int,  # its place in the network
+    image: tuple[int, int, int],  # channels, height, width
+) -> torch.fx.GraphModule:
+    "What a network does with any number of a task's images, as torch's operations."
+    some = torch.zeros(2, *image)
+    try:
+        with torch.no_grad():
+            program = torch.export.export(OneTask(network, task), (some,), dynamic_shapes=({0: torch.export.Dim("images")},))
+    except Exception as e:  # of many kinds; the first line says what torch could not record
+        why = str(e).strip().splitlines()[0]
+        raise BadInput(f"The network of a task of {type(network).__name__} cannot be written out: {why} Use `predict`.") from e
+    module = program.module(check_guards=False)
+    module.graph.eliminate_dead_code()
+    return torch.fx.GraphModule(module, module.graph)
+
+
+# %% ../nbs/50_vision.ipynb #3aed5d69
+def plain_network(
+    network: LifelongNetwork,
+    task: int,  # its place in the network
+    prepare: Preparation,  # how the task's images were scaled
+) -> nn.Sequential:  # pixels from 0 to 1 (n, channels, size, size) -> logits
+    "The network of one task, which needs nothing of this package."
+    scale = nn.BatchNorm2d(prepare.channels, eps=0.0, affine=False)
+    scale.running_mean.copy_(torch.tensor(prepare.mean)), scale.running_var.copy_(torch.tensor(prepare.std) ** 2)
+    if isinstance(network, FactorizedNetwork):
+        layers = [network.task_network(task)]
+    elif type(network).forward in (LifelongNetwork.forward, METHODS["SNN"].network.forward):
+        layers = cnn_layers(network, task, prepare.size)
+    else:
+        layers = [recorded(network, task, (prepare.channels, prepare.size, prepare.size))]
+    return nn.Sequential(scale, *layers).eval().requires_grad_(False)
+
 
 # %% ../nbs/50_vision.ipynb #8e56d922
 def wilson(
@@ -650,7 +696,7 @@ def task_network(
     self: ImageLearner,
     task: str,  # name of a task that was learned
 ) -> nn.Sequential:
-    "A task's network of torch's own layers: pixels from 0 to 1 (n, channels, size, size) -> logits."
+    "A task's network, which needs nothing of this package: pixels from 0 to 1 (n, channels, size, size) -> logits."
     return plain_network(copy.deepcopy(self.network).cpu().eval(), self.index(task), self.prepare)
 
 # %% ../nbs/50_vision.ipynb #066c8707

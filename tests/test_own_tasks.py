@@ -67,10 +67,6 @@ def test_a_life_in_separate_processes(photos):
     assert table.index.tolist() == ["birds", "tools", "fruit"] and table.loc["fruit", "change"] == 0
     assert "before," in third and (table["now, low"] < table["now, high"]).all()
     model = load_learner(photos / "model2", "cpu")
-    torch.save(model.task_network("fruit"), photos / "plain.pt")
-    alone = "import torch, sys\nnet = torch.load('plain.pt', weights_only=False)\nprint(net(torch.zeros(2, 3, 16, 16)).shape)\nassert not any(m.startswith('dfcnn') for m in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", alone], cwd=photos, capture_output=True, text=True)
-    assert "[2, 4]" in done.stdout, done.stderr  # nothing of this package is needed
     with pytest.raises(BadInput, match="There is a task 'birds' already"):
         model.add_task(photos / "photos/birds")
 
@@ -159,10 +155,24 @@ def test_many_photos_are_read_fast_and_kept(tmp_path, monkeypatch):
     assert len(tasks) == 2 and seconds[0] < 12 and seconds[1] < min(2, seconds[0])
 
 
-def test_onnx_gives_the_same_logits(photos, tmp_path):
+@pytest.mark.parametrize("method", ["DF-CNN", "ProgNN"])  # a chain of layers, and a recorded list of operations
+def test_a_task_network_needs_nothing_of_this_package(photos, tmp_path, method):
+    learn = image_learner(tasks_from_folder(photos / "photos", size=20), method, epochs=1, device="cpu").fit()
+    x = torch.rand(5, 3, 20, 20)
+    torch.save((learn.task_network("tools"), x), tmp_path / "alone.pt")
+    code = "import torch, sys\nnet, x = torch.load('alone.pt', weights_only=False)\ntorch.save(net(x), 'logits.pt')\nassert not any(m.startswith('dfcnn') for m in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    mean, std = (torch.tensor(v).view(-1, 1, 1) for v in (learn.prepare.mean, learn.prepare.std))
+    expected = learn.network.eval()((x - mean) / std, 1)
+    assert torch.allclose(torch.load(tmp_path / "logits.pt"), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["DF-CNN", "ProgNN"])
+def test_onnx_gives_the_same_logits(photos, tmp_path, method):
     ort = pytest.importorskip("onnxruntime", reason="the extra `onnx` is not installed")
     pytest.importorskip("onnxscript", reason="the extra `onnx` is not installed")
-    learn = image_learner(tasks_from_folder(photos / "photos", size=20), epochs=1, device="cpu").fit()
+    learn = image_learner(tasks_from_folder(photos / "photos", size=20), method, epochs=1, device="cpu").fit()
     path = learn.export_onnx("birds", tmp_path / "birds.onnx")
     x = torch.rand(5, 3, 20, 20)
     (logits,) = ort.InferenceSession(path).run(None, dict(pixels=x.numpy()))
