@@ -173,7 +173,11 @@ def cnn_layers(
     return layers
 
 
-def like(layer: nn.Module, W: torch.Tensor, b: torch.Tensor) -> nn.Module:
+def like(
+    layer: nn.Module,  # with a weight and a bias of these shapes; is changed
+    W: torch.Tensor,
+    b: torch.Tensor,
+) -> nn.Module:
     "A layer with these weights."
     layer.weight.data.copy_(W.detach()), layer.bias.data.copy_(b.detach())
     return layer

@@ -61,8 +61,12 @@ def listing(folder: Path) -> tuple[list[Path], list[Path]]:
     return folders, [Path(e.path) for e in files]
 
 # %% ../../nbs/05_folders.ipynb #68dedd5c
-def photos_of_class(task: str, part: str, folder: Path) -> list[Photo]:
-    "The images of one class of one task."
+def photos_of_class(
+    task: str,  # its name
+    part: str,  # "train", "valid", "test" or "all"
+    folder: Path,  # which has the name of the class
+) -> list[Photo]:
+    "The images of one class of one task. Raises `BadInput` where the folder holds none, or other folders."
     deeper, files = listing(folder)
     if not files or deeper:
         what = f"holds the folder '{deeper[0].name}' where images belong" if deeper else "holds no image"
@@ -108,7 +112,10 @@ def photos_in(root: str | Path) -> list[Photo]:
 FITS = ("crop", "squish", "pad")
 
 
-def eight_bits(im: Image.Image, name: str) -> Image.Image:
+def eight_bits(
+    im: Image.Image,
+    name: str,  # as the refusal quotes it
+) -> Image.Image:
     "An image as RGB: transparent places white, 16 bits as 8; formats of numbers without a range are refused."
     if im.mode.startswith("I;16"):
         im = Image.fromarray((np.asarray(im) >> 8).astype("uint8"))
@@ -382,7 +389,15 @@ class OwnData(DataSet):
         std = (shares @ values.square() - mean.square()).clamp(min=255.0**-2).sqrt()
         return Preparation(images.x.shape[-1], images.x.shape[1], self.fit, tuple(mean.tolist()), tuple(std.tolist()))
 
-    def draw(self, images: Images, name: str, classes: list[str], seed: int, trial: int, prepare: Preparation | None = None) -> Task:
+    def draw(
+        self,
+        images: Images,  # of the data set
+        name: str,  # of the task
+        classes: list[str],  # its classes, called 'task/class'
+        seed: int,  # of the draw
+        trial: int,  # another one draws other images
+        prepare: Preparation | None = None,  # how images become inputs; None: by the training images of this trial
+    ) -> Task:
         "One task; `prepare` is known where it is not the first."
         prepare = prepare or self.preparation(images, seed, trial)
         sets = [Split(prepare.scale(images.x[index]), y) for index, y in self.pick(images, name, classes, seed, trial)]
@@ -480,8 +495,12 @@ def task_from_folder(
     return tasks_from_images(images, shares, seed, prepare.fit, prepare)[0]
 
 # %% ../../nbs/05_folders.ipynb #d18c15cc
-def items_of(source: Any, size: int, fit: str) -> tuple[np.ndarray, list[int]]:
-    "Pixels and labels of a data set of (image, label), or of a pair (images, labels)."
+def items_of(
+    source: Any,  # what has a length and can be indexed; or a pair of tensors or arrays
+    size: int,  # height and width that all images are brought to
+    fit: str,  # how: one of `FITS`
+) -> tuple[np.ndarray, list[int]]:  # uint8 (n, 3, size, size), and a label for each
+    "Pixels and labels of a data set of (image, label), or of a pair (images, labels). Raises `BadInput` for anything else."
     pairs = source
     if isinstance(source, (tuple, list)) and len(source) == 2 and all(hasattr(o, "shape") for o in source):
         if len(source[0]) != len(source[1]):

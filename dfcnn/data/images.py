@@ -67,7 +67,11 @@ class Images:
             h.update(tensor.contiguous().numpy())
         return h.hexdigest()
 
-    def of(self, part: str, label: int) -> torch.Tensor:
+    def of(
+        self,
+        part: str,  # a name in `parts`
+        label: int,  # an index into `classes`
+    ) -> torch.Tensor:  # int64 (n,)
         "Indices of the images of class `label` in `part`, in file order."
         return torch.nonzero((self.part == self.parts.index(part)) & (self.y == label)).flatten()
 
@@ -214,7 +218,11 @@ def check_file(path: Path) -> Path:
     return path
 
 
-def check_size(source: str, files: int, size: int) -> None:
+def check_size(
+    source: str,  # as the refusal names it
+    files: int,  # how many it holds, or how many have been met so far
+    size: int,  # their bytes, unpacked; 0 for a folder
+) -> None:
     "Refuse a source with more files, or more bytes when unpacked, than the limits above."
     if files > MOST_FILES or size > MOST_BYTES:
         raise BadInput(
@@ -380,8 +388,11 @@ def check_complete(
         )
 
 # %% ../../nbs/01_images.ipynb #069cab0b
-def read_files(layout: Layout, source: Path) -> Images:
-    "Images of a folder or archive laid out as `.../<part>/<class>/<file>`."
+def read_files(
+    layout: Layout,  # what is expected
+    source: Path,  # a folder, or a .tar, .tgz or .tar.gz archive
+) -> Images:
+    "Images of a folder or archive laid out as `.../<part>/<class>/<file>`. Raises `BadInput` where a part has a class twice."
     parts, folders = {simplify(p) for p in layout.parts}, {}
 
     def items():
@@ -399,8 +410,11 @@ def read_files(layout: Layout, source: Path) -> Images:
     return build(layout, items(), str(source))
 
 # %% ../../nbs/01_images.ipynb #557734b6
-def read_parquet(layout: Layout, files: list[Path]) -> Images:
-    "Images of parquet files with the columns `image` (bytes, or a struct with `bytes`), `domain` and `label`."
+def read_parquet(
+    layout: Layout,  # what is expected
+    files: list[Path],  # read one after the other
+) -> Images:
+    "Images of parquet files with the columns `image` (bytes, or a struct with `bytes`), `domain` and `label`. Raises `BadInput` for others."
     import pyarrow.parquet as pq
 
     def items():
@@ -467,8 +481,12 @@ def network(
         socket.setdefaulttimeout(before)
 
 
-def read_torchvision(layout: Layout, root: Path, download: bool = False) -> Images:
-    "A data set through torchvision, from `root` or downloaded to it."
+def read_torchvision(
+    layout: Layout,  # what is expected, and which class of torchvision reads it
+    root: Path,  # folder in which torchvision's own folder lies
+    download: bool = False,  # let torchvision fetch what is not there; its errors come as they are
+) -> Images:
+    "A data set through torchvision, from `root` or downloaded to it. Raises `BadInput` where it is damaged or of other classes."
     from torchvision import datasets
 
     kind = getattr(datasets, layout.torchvision[0])
@@ -511,7 +529,11 @@ IDX = {"train": "train", "test": "t10k"}  # how the files of a part begin
 MOST_OF_IDX = 1 << 30  # values in an idx file
 
 
-def idx_file(root: Path, part: str, kind: str) -> Path | None:
+def idx_file(
+    root: Path,  # folder that is searched
+    part: str,  # a key of `IDX`
+    kind: str,  # what is in the file
+) -> Path | None:  # None where there is none
     "The idx file of a part, packed or not; `kind` is 'images-idx3' or 'labels-idx1'."
     for suffix in ("", ".gz"):
         for stem in (f"{IDX[part]}-{kind}-ubyte", f"{IDX[part]}-{kind.replace('-idx', '.idx')}-ubyte"):
@@ -542,8 +564,11 @@ def read_idx_file(path: Path) -> np.ndarray:  # uint8, of the shape that the fil
         raise BadInput(f"'{path}' cannot be read as an idx file ({type(e).__name__}: {e}). Is it complete?") from e
 
 
-def read_idx(layout: Layout, root: Path) -> Images:
-    "MNIST from its four original files."
+def read_idx(
+    layout: Layout,  # what is expected
+    root: Path,  # folder of the files
+) -> Images:
+    "MNIST from its four original files. Raises `BadInput` where one is missing."
     files = {(p, k): idx_file(root, p, k) for p in layout.parts for k in ("images-idx3", "labels-idx1")}
     missing = [f"{IDX[p]}-{k}-ubyte" for (p, k), f in files.items() if f is None]
     if missing:
@@ -594,8 +619,11 @@ def fetch(
     part.replace(path)
 
 # %% ../../nbs/01_images.ipynb #777c059b
-def download_parquet(layout: Layout, folder: Path) -> list[Path]:
-    "The public parquet files of Office-Home (1.2 GB), of which those that `folder` lacks are downloaded to it."
+def download_parquet(
+    layout: Layout,  # whose title the progress bar shows
+    folder: Path,  # made if it is missing; the files go into `data` in it
+) -> list[Path]:  # all of the files, sorted
+    "The public parquet files of Office-Home (1.2 GB): those that `folder` lacks are downloaded. Raises `ValueError` where the hub lists none."
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of what its own progress bars lack: ours are shown
         from huggingface_hub import HfApi, constants, hf_hub_url
@@ -683,7 +711,11 @@ def locate(layout: Layout, data_dir: str | Path) -> tuple[str, Path | list[Path]
     raise BadInput(f"There is no {layout.title} in '{data_dir}'. {layout.how_to_get}")
 
 # %% ../../nbs/01_images.ipynb #b9e48744
-def source_key(layout: Layout, kind: str, where: Path | list[Path]) -> str:
+def source_key(
+    layout: Layout,
+    kind: str,  # of the source, as `locate` gives it
+    where: Path | list[Path],  # as `locate` gives it
+) -> str:  # 64 hexadecimal digits
     "A key that changes when the source changes."
     h = hashlib.sha256(f"2/{layout.name}/{layout.size}/{kind}".encode())  # 2: version of what is checked
     if kind == "files" and where.is_file():
@@ -728,7 +760,10 @@ def load_saved(path: Path) -> Images | None:
         return None
 
 # %% ../../nbs/01_images.ipynb #a3a95149
-def cached(key: str, make: Callable[[], Images]) -> Images:
+def cached(
+    key: str,  # the file's name in `cache_dir()`, without its suffix
+    make: Callable[[], Images],  # called where nothing is kept, or what is kept is damaged
+) -> Images:
     "The images kept under `key`, or else those of `make()`, which are then kept."
     path = cache_dir() / f"{key}.safetensors"
     images = load_saved(path)

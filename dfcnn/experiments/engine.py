@@ -220,7 +220,11 @@ def read(self: ProgressMonitor, config: RunConfig):
 
 
 @patch
-def finish(self: ProgressMonitor, config: RunConfig, line: str = ""):
+def finish(
+    self: ProgressMonitor,
+    config: RunConfig,
+    line: str = "",  # what is printed of it where it is not complete
+):
     "A run is over."
     with self.lock:
         self.read(config)

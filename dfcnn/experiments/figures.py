@@ -190,7 +190,12 @@ def peak_table(records: Sequence[Record]) -> pd.DataFrame:  # a row for each met
 GREYS = {"STL": "0.25", "STL-large": "0.65"}  # dotted lines of reference
 
 
-def panels(n: int, width: float, height: float, **kw) -> tuple[plt.Figure, np.ndarray]:
+def panels(
+    n: int,
+    width: float,  # of a panel; more where the figure would be too narrow for its caption
+    height: float,  # of a panel
+    **kw,  # of `plt.subplots`
+) -> tuple[plt.Figure, np.ndarray]:  # the axes row by row, those beyond `n` switched off
     "A figure of `n` panels of this size in inches, three in a row, and all its axes."
     columns = min(n, 3)
     width = max(width, 5 / columns)  # a caption needs room for its words
@@ -209,7 +214,7 @@ def panels(n: int, width: float, height: float, **kw) -> tuple[plt.Figure, np.nd
     return fig, axs.flat
 
 
-def titled(fig: plt.Figure, title: str) -> plt.Figure:
+def titled(fig: plt.Figure, title: str) -> plt.Figure:  # the same, closed in pyplot so that it is not shown twice
     "The figure with a title of one or more lines, broken where they are too long for it."
     wide = int(14 * fig.get_figwidth())  # characters that fit beside each other
     fig.suptitle("\n".join(fill(line, wide) for line in title.splitlines()), x=0.01, ha="left", fontsize=9)

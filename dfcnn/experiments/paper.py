@@ -113,7 +113,12 @@ PLAN = (
 
 # %% ../../nbs/39_paper.ipynb #e17008ba
 @lru_cache
-def step_seconds(architecture: str, batch_size: int, device: torch.device, longest: float = 1.0) -> float:
+def step_seconds(
+    architecture: str,  # its name, as in `build_network`
+    batch_size: int,  # images
+    device: torch.device,
+    longest: float = 1.0,  # seconds of all steps, after which no further one begins; two are always taken
+) -> float:  # seconds
     "The median time of a training step of STL on this machine, from five steps or `longest` seconds."
     network = build_network("STL", architecture, n_tasks=1).to(device)
     optimizer, took = RMSProp(network.trains(0), lr=1e-6), []
@@ -163,7 +168,10 @@ def _later_move_earlier(method: str, architecture: str) -> bool:
     return True
 
 
-def hours_of(config: RunConfig, device: torch.device = torch.device("cpu")) -> float:
+def hours_of(
+    config: RunConfig,
+    device: torch.device = torch.device("cpu"),  # that a step is timed on
+) -> float:
     "Estimated hours of a run on this machine, by itself."
     architecture, n = DATASETS[config.dataset].architecture, config.tasks
     train, valid, test = images_of_task(config.dataset)
@@ -212,7 +220,7 @@ class Shelf:
         return images.fingerprint in made_of if images else bool(made_of)
 
 # %% ../../nbs/39_paper.ipynb #dce5b5f9
-def turn(hours: float, left: float) -> str:
+def turn(hours: float, left: float) -> str:  # "in the time", "begun" or "another time"
     "When something that takes so many hours has its turn, if so many are left."
     return "in the time" if hours <= left else "begun" if left > 0 else "another time"
 

@@ -124,7 +124,11 @@ def load_records(
 PROBED = 8  # images of each set of a task
 
 
-def probe_tasks(dataset: str, images: Images, n_tasks: int) -> list[Task]:
+def probe_tasks(
+    dataset: str,  # a key of `DATASETS`
+    images: Images,  # of the data set
+    n_tasks: int,
+) -> list[Task]:  # with `PROBED` images of each set
     "The first tasks of trial 0, with a few images of each set, in float64."
 
     def few(data: Split) -> Split:
@@ -149,7 +153,10 @@ def in_float64():
 _probes: dict[tuple, list[float]] = {}
 
 
-def probe(config: RunConfig, images: Images) -> list[float]:
+def probe(
+    config: RunConfig,
+    images: Images,  # of the configuration's data set
+) -> list[float]:  # mean cross-entropies, score by score
     "Losses that today's code computes in a very short run of this kind: two tasks, an epoch of each."
     small = replace(config, epochs=2 if config.together else 1, tasks=min(2, config.tasks), trial=0, seed=0)
     small = replace(small, batch_size=PROBED // 2, eval_every=1, score_every=1)
@@ -193,7 +200,11 @@ def git_revision() -> str | None:
         return None
 
 # %% ../../nbs/32_records.ipynb #75429555
-def made_with(config: RunConfig, images: Images, device: torch.device) -> dict[str, Any]:
+def made_with(
+    config: RunConfig,  # of the run
+    images: Images,  # of the configuration's data set
+    device: torch.device,  # that the run is trained on
+) -> dict[str, Any]:  # that JSON can hold
     "Data, numbers, code, versions and device of a run."
     return dict(
         data=images.fingerprint,
@@ -261,7 +272,10 @@ def set_aside(folder: Path) -> Path:  # where the files are now
     return aside
 
 # %% ../../nbs/32_records.ipynb #39385f5b
-def differences(there: dict, here: dict) -> str:
+def differences(
+    there: dict,  # entries of a record's configuration
+    here: dict,  # and of a run that would be made now
+) -> str:
     "Which entries differ, in words; empty where none do."
     return "; ".join(
         f"{k} is {there.get(k)!r} there and {here.get(k)!r} here"
@@ -312,7 +326,10 @@ def made_by(folder: Path) -> str:
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
-def belongs(said: str | None, folder: Path) -> bool:
+def belongs(
+    said: str | None,  # what a file of weights gives as `made_by`
+    folder: Path,  # with a `config.json`
+) -> bool:
     "Were weights that say this made by the run that is described in `folder`?"
     if said is None:  # of the first version of this package
         return True

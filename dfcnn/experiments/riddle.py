@@ -55,7 +55,14 @@ def _statistics(images: Images) -> tuple[torch.Tensor, torch.Tensor]:
 class ScaledAtOnce(DataSet):
     "A data set whose images are all scaled in the same way."
 
-    def draw(self, images: Images, name: str, classes: list[str], seed: int, trial: int) -> Task:
+    def draw(
+        self,
+        images: Images,  # of the data set
+        name: str,  # of the task
+        classes: list[str],  # its classes, names of `images.classes`
+        seed: int,  # of the draw
+        trial: int,  # another one draws other images
+    ) -> Task:
         "One task, with its images scaled."
         raw = DataSet(**{f.name: getattr(self, f.name) for f in fields(self)} | dict(standardized=False))
         task, (std, mean) = raw.draw(images, name, classes, seed, trial), _statistics(images)
@@ -125,7 +132,13 @@ class Candidate:
     data: str = ""  # "in-order" or "scaled-at-once"
     dropout: str = ""  # a key of `VARIANTS`
 
-    def config(self, dataset: str, method: str, epochs: int, tasks: int) -> RunConfig:
+    def config(
+        self,
+        dataset: str,  # a key of `DATASETS`
+        method: str,  # a key of `METHODS`
+        epochs: int,  # per task
+        tasks: int,  # the first so many of the listed ones
+    ) -> RunConfig:
         "The configuration of one of its runs; what it needs is listed in this process from here on."
         if self.data:
             changed = {"in-order": in_order, "scaled-at-once": scaled_at_once}[self.data](DATASETS[dataset])

@@ -61,7 +61,10 @@ def using_threads(n: int):  # of torch on a CPU
         torch.set_num_threads(before)
 
 
-def settings(network: LifelongNetwork, config: RunConfig) -> dict[str, Any]:
+def settings(
+    network: LifelongNetwork,  # whose attributes that are data classes or floats are its sizes
+    config: RunConfig,  # of the run
+) -> dict[str, Any]:
     "What a run's numbers depend on besides its configuration: sizes of the network, and the optimizer's constants."
     own = vars(network).items()
     sizes = {k: asdict(v) if is_dataclass(v) else v for k, v in own if is_dataclass(v) or type(v) is float}
@@ -108,7 +111,11 @@ class PendingRun:
 # %% ../../nbs/33_runs.ipynb #35a4b502
 @patch
 def learner(
-    self: PendingRun, network: LifelongNetwork, keep: type[Checkpoint], file: str, **settings: Any
+    self: PendingRun,
+    network: LifelongNetwork,
+    keep: type[Checkpoint],  # the callback that writes the checkpoints
+    file: str,  # its name in the run's folder
+    **settings: Any,  # of `task_learner`, in place of the configuration's
 ) -> TaskLearner:
     "A Learner for a network, which keeps its checkpoints in `file`."
     self.keeps.append(keep(self.folder / file, self.every, self.made_by))

@@ -167,7 +167,11 @@ def title_of(self: Study, config: RunConfig) -> str:
 
 
 @patch
-def report_failures(self: Study, failures: list[Failure], titles: dict[RunConfig, str]) -> None:
+def report_failures(
+    self: Study,
+    failures: list[Failure],
+    titles: dict[RunConfig, str],  # of all runs, whatever became of them
+) -> None:
     "Raise `RunsFailed` where there are any."
     why = [self.output_dir / f.config.name / "error.txt" for f in failures]
     more = [f" Traceback: {path}" if path.exists() else "" for path in why]
@@ -180,7 +184,11 @@ def report_failures(self: Study, failures: list[Failure], titles: dict[RunConfig
 
 
 @patch
-def results_of(self: Study, configs: list[RunConfig], apart: bool = False):
+def results_of(
+    self: Study,
+    configs: list[RunConfig],  # of the study
+    apart: bool = False,  # not in this process, even if it is a single run?
+):
     "Results of runs as they come: see `Engine.results_of`."
     return self.engine.results_of(configs, self.images, self.data_dir, self.output_dir, apart, self.until)
 

@@ -49,7 +49,10 @@ def conv_block(
     return F.relu(max_pool_same(x, pool) if pool else x)
 
 # %% ../../nbs/11_base.ipynb #b7d53315
-def weight(shape: tuple[int, ...], generator: torch.Generator) -> nn.Parameter:
+def weight(
+    shape: tuple[int, ...],
+    generator: torch.Generator,  # that initial values are drawn from
+) -> nn.Parameter:
     "Truncated normal, standard deviation 0.05 before the cut at 0.1."
     return nn.Parameter(
         nn.init.trunc_normal_(torch.empty(shape), std=0.05, a=-0.1, b=0.1, generator=generator)
@@ -169,7 +172,11 @@ def arch_of(self: LifelongNetwork, task: int) -> Architecture:
 
 # %% ../../nbs/11_base.ipynb #47480848
 @patch
-def check_classes(self: LifelongNetwork, task: int, classes: int) -> None:
+def check_classes(
+    self: LifelongNetwork,
+    task: int,  # its place in the network
+    classes: int,  # how many
+) -> None:
     "Refuse a number of classes that `task`, which may be still to come, cannot have."
     if task < len(self.tasks) and classes != self.outputs[task]:
         raise BadInput(
@@ -243,7 +250,11 @@ def tasks_in(state: dict) -> int:
 
 
 @patch
-def outputs_in(self: LifelongNetwork, state: dict, task: int) -> int:
+def outputs_in(
+    self: LifelongNetwork,
+    state: dict,  # of a network of the same architecture
+    task: int,  # its place in the network
+) -> int:
     "Number of classes of a task in a state dict."
     return int(state.get(f"tasks.{task}.classes", self.arch.outputs))
 

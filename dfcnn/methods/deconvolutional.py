@@ -27,7 +27,10 @@ class Sizes:
     c: tuple[int | None, ...]  # channels between deconvolution and contraction; None for direct
 
 
-def scaled(sizes: Sizes, factor: float) -> Sizes:
+def scaled(
+    sizes: Sizes,  # of `TwoStage`
+    factor: float,
+) -> Sizes:
     "The same knowledge bases and transforms with fewer channels: `factor` times each, rounded."
     kb = tuple((h, round(factor * c)) for h, c in sizes.kb)
     return Sizes(kb, tuple(round(factor * c) for c in sizes.c))

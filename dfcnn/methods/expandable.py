@@ -76,7 +76,11 @@ class DEN(LifelongNetwork):
 
 # %% ../../nbs/17_expandable.ipynb #88ea70d5
 @patch
-def units(self: DEN, layer: int, stamp: int | None = None) -> int:
+def units(
+    self: DEN,
+    layer: int,  # from 0, the one that reads the image
+    stamp: int | None = None,  # how many generations, as `stamps` says of each task
+) -> int:
     "Number of units of a layer (-1: the image) in the first `stamp` generations; None: in all."
     if layer < 0:
         return self.arch.input[0]
@@ -103,7 +107,11 @@ def filters(self: DEN, task: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
 
 # %% ../../nbs/17_expandable.ipynb #a8945659
 @patch
-def new_head(self: DEN, generator: torch.Generator, stamp: int | None = None) -> Head:
+def new_head(
+    self: DEN,
+    generator: torch.Generator,  # that initial values are drawn from
+    stamp: int | None = None,  # generations, as in `units`
+) -> Head:
     "A head that reads the units of the first `stamp` generations; None: all."
     arch = self.arch_of(len(self.tasks))
     channels = (*arch.channels[:-1], self.units(len(arch.channels) - 1, stamp))
@@ -120,7 +128,11 @@ def new_task(self: DEN, generator: torch.Generator) -> nn.Module:
 
 # %% ../../nbs/17_expandable.ipynb #d3772ace
 @patch
-def grow(self: DEN, counts: tuple[int, ...], generator: torch.Generator) -> None:
+def grow(
+    self: DEN,
+    counts: tuple[int, ...],  # new units of each layer
+    generator: torch.Generator,  # that initial values are drawn from
+) -> None:
     "Add a generation of so many units to each layer, for the newest task to use."
     layers, new_below = [], 0 if self.grown else self.arch.input[0]  # the image does not grow
     for l, (n, (_, _, k)) in enumerate(zip(counts, self.arch.conv_shapes)):
@@ -149,7 +161,11 @@ def blocks(self: DEN, layer: int) -> Iterator[tuple[nn.Parameter, tuple[slice, s
 
 
 @patch
-def by_generation(self: DEN, layer: int, units: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def by_generation(
+    self: DEN,
+    layer: int,  # from 0, the one that reads the image
+    units: torch.Tensor,  # (units of the layer, ...)
+) -> tuple[torch.Tensor, ...]:  # a part for each generation
     "Something for every unit of a layer, cut at the borders of generations."
     return units.split([len(generation[layer].b) for generation in self.grown])
 
@@ -242,7 +258,11 @@ def drifted(self: DEN, layer: int) -> torch.Tensor:
 
 
 @patch
-def put_back(self: DEN, layer: int, units: torch.Tensor) -> None:
+def put_back(
+    self: DEN,
+    layer: int,  # from 0, the one that reads the image
+    units: torch.Tensor,  # places in the layer, as `drifted` gives them
+) -> None:
     "Restore units of before the task, and keep them from training."
     stays = torch.zeros(self.units(layer), dtype=torch.bool, device=units.device)
     stays[units] = True
@@ -404,7 +424,10 @@ def before_step(self: GrowthStages):
             p.grad.mul_(mask)
 
 # %% ../../nbs/17_expandable.ipynb #0b8594af
-def shrink(new: Units, by: float) -> None:
+def shrink(
+    new: Units,  # is changed
+    by: float,  # taken off each norm, which ends at zero where it is smaller
+) -> None:
     "Bring the norm of each unit's incoming weights and bias nearer to zero."
     norms = (new.W.flatten(1).square().sum(1) + new.b.square()).sqrt()
     left = (1 - by / norms.clamp(min=1e-12)).clamp(min=0)

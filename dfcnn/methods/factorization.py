@@ -60,7 +60,10 @@ def glorot(
     return nn.Parameter(torch.empty(shape).uniform_(-bound, bound, generator=generator))
 
 
-def glorot_bias(n: int, generator: torch.Generator) -> nn.Parameter:
+def glorot_bias(
+    n: int,
+    generator: torch.Generator,  # that initial values are drawn from
+) -> nn.Parameter:  # (n,)
     "A bias of `n` channels, drawn as a (1, 1, 1, n) tensor would be."
     return glorot((n,), (1, 1, 1, n), generator)
 

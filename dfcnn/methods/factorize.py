@@ -226,7 +226,10 @@ def plan_for(
     return Plan(head, roles, sized, (count("own") + sum(l.own for l in sized)) / count(None))
 
 
-def layer_of(name: str, conv: nn.Conv2d) -> Layer:
+def layer_of(
+    name: str,  # of the layer in the plain network
+    conv: nn.Conv2d,  # the layer
+) -> Layer:
     "A convolution as it is seen here, without sizes."
     cout, cin, *kernel = conv.weight.shape
     return Layer(name, tuple(kernel), cin, cout, conv.bias is not None)
@@ -474,8 +477,12 @@ def forward(
 
 
 @patch
-def forward_each(self: FactorizedNetwork, x: torch.Tensor, tasks: list[int]) -> torch.Tensor:
-    "Logits of images of several tasks, task by task."
+def forward_each(
+    self: FactorizedNetwork,
+    x: torch.Tensor,  # images (n, channels, height, width)
+    tasks: list[int],  # place of each image's task in the network
+) -> torch.Tensor:  # (n, classes), filled up with -inf where another of the tasks has more classes
+    "Logits of images of several tasks, task by task. Raises `BadInput` where there is not one task for each image."
     if len(tasks) != len(x):
         raise BadInput(f"{len(tasks)} tasks are given for {len(x)} images. Give one for each image, or one for all.")
     of = torch.tensor(tasks, device=x.device)
@@ -502,7 +509,12 @@ def deconvolution_matrix(kb: torch.Tensor, p: torch.Size) -> torch.Tensor:  # (h
     return torch.cat([rows, torch.ones_like(rows[:1])]).T
 
 
-def best_transform(kb: torch.Tensor, p: torch.Size, M: torch.Tensor, c: int):
+def best_transform(
+    kb: torch.Tensor,  # knowledge base (ĉ, ĥ, ŵ)
+    p: torch.Size,  # sides of the deconvolution filter
+    M: torch.Tensor,  # filters to reproduce (h w, c_in c_out), of the type of `kb`
+    c: int,  # channels between deconvolution and contraction
+):
     "V with its bias (ĉ p p + 1, k), U (k, n), and the rest M - D U that no V and U can reach; k is at most c."
     A = deconvolution_matrix(kb, p)
     basis, values, _ = torch.linalg.svd(A, full_matrices=False)
@@ -512,7 +524,13 @@ def best_transform(kb: torch.Tensor, p: torch.Size, M: torch.Tensor, c: int):
     return torch.linalg.pinv(A) @ D, D.T @ M, M - D @ (D.T @ M)
 
 
-def best_knowledge_base(shape: torch.Size, p: torch.Size, M: torch.Tensor, v: torch.Tensor, U: torch.Tensor):
+def best_knowledge_base(
+    shape: torch.Size,  # (ĉ, ĥ, ŵ)
+    p: torch.Size,  # sides of the deconvolution filter
+    M: torch.Tensor,  # filters to reproduce (h w, c_in c_out)
+    v: torch.Tensor,  # V with its bias (ĉ p p + 1, k)
+    U: torch.Tensor,  # (k, c_in c_out), its rows at right angles
+):
     "The knowledge base with which V and U come closest to M."
     n = shape.numel()
     V, bias = v[:-1].view(shape[0], *p, -1).permute(0, 3, 1, 2), v[-1]
@@ -658,7 +676,10 @@ class NetworkMethod(FactorizedNetwork):
         super().__init__(net, plan_for(net, **how), init, seed, Form(type(net).__name__, arch.input, arch.outputs))
 
 
-def check_images(net: nn.Module, images: tuple[int, int, int]) -> None:
+def check_images(
+    net: nn.Module,
+    images: tuple[int, int, int],  # channels, height, width
+) -> None:
     "Refuse images that a network does not take."
     device = next(net.parameters()).device
     try:

@@ -140,7 +140,12 @@ class Evaluate(FitCallback):
 
 # %% ../../nbs/23_evaluation.ipynb #899f8889
 @patch
-def evaluate(self: Evaluate, epoch: int, task_epoch: int, evaluated: Sequence[int]):
+def evaluate(
+    self: Evaluate,
+    epoch: int,  # epochs of the run so far
+    task_epoch: int,  # epochs that the trained task has had so far
+    evaluated: Sequence[int],  # by their places in the sequence
+):
     "Score `evaluated` tasks on their validation and test sets."
     self.model.eval()
     when = epoch, task_epoch, self.learn.task
@@ -173,7 +178,11 @@ def read(self: Evaluate):
 
 
 @patch
-def check(self: Evaluate, m: PendingScore, losses: Sequence[float]):
+def check(
+    self: Evaluate,
+    m: PendingScore,  # what the losses are of
+    losses: Sequence[float],  # of each batch in training, else one sum over all images; empty where nothing has changed
+):
     "Stop where a loss is infinite or no number: such a network has no accuracy."
     for batch, loss in enumerate(losses):
         if not loss < float("inf"):

@@ -261,13 +261,22 @@ def without(self: TaskLearner, *kinds: type[Callback]):
 
 
 @patch
-def validation_context(self: TaskLearner, cbs=None, inner: bool = False):
+def validation_context(
+    self: TaskLearner,
+    cbs=None,  # more callbacks, for this time
+    inner: bool = False,  # inside of a fit, whose events are not called again?
+):
     "fastai's, without the callbacks that take part in `fit` alone."
     return ContextManagers([self.without(FitCallback), *Learner.validation_context(self, cbs, inner).default])
 
 
 @patch
-def validate(self: TaskLearner, ds_idx: int = 1, dl=None, cbs=None) -> L:
+def validate(
+    self: TaskLearner,
+    ds_idx: int = 1,  # 0: the training images; 1: the validation images
+    dl=None,  # batches that take their place
+    cbs=None,  # more callbacks, for this time
+) -> L:
     "Loss and metrics on the validation images of the task in hand, or on the batches `dl`."
     with self.added_cbs([] if hasattr(self, "recorder") else [Recorder()]):
         return Learner.validate(self, ds_idx, dl, cbs)
@@ -285,9 +294,18 @@ def lr_find(self: TaskLearner, *args, **kwargs):
 
 @patch
 def fit_one_cycle(
-    self: TaskLearner, n_epoch: int | None = None, lr_max=None, div=25.0, div_final=1e5, pct_start=0.25, wd=None, moms=None, cbs=None, **kwargs
+    self: TaskLearner,
+    n_epoch: int | None = None,  # None: to the end of the schedule
+    lr_max=None,  # highest learning rate; None: the Learner's own
+    div=25.0,  # the learning rate begins at `lr_max / div`
+    div_final=1e5,  # and ends at `lr_max / div_final`
+    pct_start=0.25,  # share of this fit after which it is highest, 0 to 1
+    wd=None,  # weight decay, where the optimizer has one
+    moms=None,  # momentum at the beginning, at the highest learning rate and at the end
+    cbs=None,  # more callbacks, for this time
+    **kwargs,  # `reset_opt`, as in `fit`
 ):
-    "fastai's 1cycle policy in place of the decay; of RMSProp, which has no momentum, it moves the learning rate alone."
+    "fastai's 1cycle policy in place of the decay; of RMSProp, which has no momentum and refuses `moms`, it moves the learning rate alone."
     if "mom" in self.opt.hypers[-1]:
         return Learner.fit_one_cycle(self, n_epoch, lr_max, div, div_final, pct_start, wd, moms, cbs, **kwargs)
     if moms is not None:

@@ -108,7 +108,11 @@ def addresses_now(self: StackedTrainer) -> list:
 
 # %% ../../nbs/27_stacking.ipynb #d651c441
 @patch
-def forward(self: StackedTrainer, x: torch.Tensor, kept: torch.Tensor | None) -> torch.Tensor:
+def forward(
+    self: StackedTrainer,
+    x: torch.Tensor,  # a batch of each trial
+    kept: torch.Tensor | None,  # (trials, images, features), True where dropout keeps a value; None: no dropout
+) -> torch.Tensor:
     "(trials, images, ...) -> logits (trials, images, classes)."
 
     def one(parameters: dict, x: torch.Tensor, kept: torch.Tensor | None) -> torch.Tensor:
@@ -212,7 +216,11 @@ class Trainers:
             self.known[key] = trainer = StackedTrainer(learners)
         return trainer
 
-    def stays(self, trainer: StackedTrainer, key: tuple) -> bool:
+    def stays(
+        self,
+        trainer: StackedTrainer,  # one that is known
+        key: tuple,  # task and Learners of the next one
+    ) -> bool:
         "May a trainer be used again when there is one for `key`?"
         learn, (task, *others) = trainer.lead, key
         comes_again = trainer.task != task and trainer.task in learn.task_switch.schedule[learn.epoch :]
@@ -364,7 +372,11 @@ class Meeting:
         pause = lambda what: lambda learn: self.here.switch(what)
         learn.fit(cbs=[FastEpochs(pause("training")), Pause(pause("the others"))])
 
-    def go_on(self, learn: TaskLearner, error: Exception | None = None) -> None:
+    def go_on(
+        self,
+        learn: TaskLearner,
+        error: Exception | None = None,  # raised where its `fit` waits
+    ) -> None:
         "Let a Learner run until it pauses, or is over."
         self.waiting.pop(learn, None)
         fit = self.fits[learn]
