@@ -8,7 +8,7 @@ from __future__ import annotations
 import warnings
 from collections import deque
 from dataclasses import dataclass, replace
-from typing import Iterator
+from typing import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -130,7 +130,7 @@ def new_task(self: DEN, generator: torch.Generator) -> nn.Module:
 @patch
 def grow(
     self: DEN,
-    counts: tuple[int, ...],  # new units of each layer
+    counts: Sequence[int],  # new units of each layer
     generator: torch.Generator,  # that initial values are drawn from
 ) -> None:
     "Add a generation of so many units to each layer, for the newest task to use."
