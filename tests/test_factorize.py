@@ -326,6 +326,23 @@ def test_only_what_a_task_may_change_changes(method):
     assert len({tuple(m.tolist()) for m in means}) == 3  # each task has its own statistics
 
 
+def test_gradients_and_optimizer_state_are_kept_for_one_task_at_a_time(method):
+    "So the memory of many tasks is that of their parameters, and what one of them trains."
+
+    class Held(Callback):
+        order = 90
+
+        def after_step(self):
+            trained = {id(p) for p in self.model.trains(self.learn.task)}
+            assert {id(p) for p in self.opt.opt.state} == trained
+            assert {id(p) for p in self.model.parameters() if p.grad is not None} <= trained
+            self.learn.held = len(trained)
+
+    learn = learner(method, [Held()])
+    train(learn)
+    assert 0 < learn.held < len(list(learn.model.parameters()))
+
+
 def test_the_audit_sees_statistics_of_other_tasks():
     class Careless(Callback):
         def after_epoch(self):
