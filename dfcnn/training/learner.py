@@ -51,15 +51,15 @@ class TrainEval(TrainEvalCallback):
 
     def before_train(self):
         super().before_train()
-        self.share = 1 / (self.n_epoch - self.first)  # of an epoch in this `fit`
-        self.learn.pct_train = (self.epoch - self.first) * self.share
+        self._share = 1 / (self.n_epoch - self.first)  # of an epoch in this `fit`
+        self.learn.pct_train = (self.epoch - self.first) * self._share
 
     def before_fit(self):
         super().before_fit()
         self.first = self.learn.epochs_done
 
     def after_batch(self):
-        self.learn.pct_train += self.share / self.n_iter
+        self.learn.pct_train += self._share / self.n_iter
         self.learn.train_iter += 1
 
 # %% ../../nbs/24_learner.ipynb #dc31ab6d
