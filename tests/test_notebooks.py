@@ -146,7 +146,7 @@ def test_the_paper_trains_for_so_many_hours_and_shows_it(tmp_path, shared):
     archives.mkdir()
     (archives / "mnist.tgz").symlink_to(shared / "data/mnist.tgz")  # no other images
     parameters = ("records", "records", "data_dir", archives, "workers", 1)
-    papermill(out, *parameters, "hours", 0.006, notebook=notebook)
+    papermill(out, *parameters, "hours", 0.004, notebook=notebook)
     shown = "".join(json.dumps(c.get("outputs", [])) for c in nbformat.read(out, 4).cells)
     assert "A first look, short" in shown and "The time is up." in shown
     made = {f.parent.name.split("-trial")[0] for f in (tmp_path / "records/runs/mnist-heterogeneous").glob("*/summary.json")}

@@ -39,7 +39,7 @@ CASES = [
     replace(TOGETHER, method="TF-distillation"),  # trains other networks first
     TOGETHER,
 ]
-MOMENTS = 20
+MOMENTS = 12
 
 
 @lru_cache

@@ -20,7 +20,6 @@ from torch import nn
 from torch.func import functional_call
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
-from torchvision.models import resnet18
 
 from ..core import BadInput, brief, check_choice, check_number, seeded, stream
 from .base import LifelongNetwork, Parts, count_parameters, tasks_in
@@ -698,6 +697,8 @@ class STLResNet18(NetworkMethod):
 
     @staticmethod
     def build() -> nn.Module:
+        from torchvision.models import resnet18  # to import it takes a second, and no other method needs it
+
         return resnet18(weights=None)
 
 
