@@ -73,7 +73,6 @@ def few_images(
     keep = torch.cat(kept).sort().values
     return Images(images.x[keep], images.y[keep], images.part[keep], images.classes, images.parts)
 
-
 # %% ../nbs/28_testing.ipynb #6081f0dd
 class Undropped(STL):
     "As a method of your own may be: its head has no dropout."

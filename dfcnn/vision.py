@@ -182,7 +182,6 @@ def like(
     layer.weight.data.copy_(W.detach()), layer.bias.data.copy_(b.detach())
     return layer
 
-
 # %% ../nbs/50_vision.ipynb #4d78ab6b
 class OneTask(nn.Module):
     "A network with its task chosen."
@@ -200,18 +199,17 @@ def recorded(
     task: int,  # its place in the network
     image: tuple[int, int, int],  # channels, height, width
 ) -> torch.fx.GraphModule:
-    "What a network does with any number of a task's images, as torch's operations."
+    "What a network does with any number of a task's images, as torch's operations. Raises `BadInput` where torch cannot record it."
     some = torch.zeros(2, *image)
     try:
         with torch.no_grad():
             program = torch.export.export(OneTask(network, task), (some,), dynamic_shapes=({0: torch.export.Dim("images")},))
     except Exception as e:  # of many kinds; the first line says what torch could not record
-        why = str(e).strip().splitlines()[0]
+        why = (str(e).strip() or type(e).__name__).splitlines()[0]
         raise BadInput(f"The network of a task of {type(network).__name__} cannot be written out: {why} Use `predict`.") from e
     module = program.module(check_guards=False)
     module.graph.eliminate_dead_code()
     return torch.fx.GraphModule(module, module.graph)
-
 
 # %% ../nbs/50_vision.ipynb #3aed5d69
 def plain_network(
@@ -229,7 +227,6 @@ def plain_network(
     else:
         layers = [recorded(network, task, (prepare.channels, prepare.size, prepare.size))]
     return nn.Sequential(scale, *layers).eval().requires_grad_(False)
-
 
 # %% ../nbs/50_vision.ipynb #8e56d922
 def wilson(

@@ -69,7 +69,7 @@ def test_lifelong_runs_through_papermill(tmp_path, monkeypatch):
 
 
 def test_every_method_runs_through_papermill(tmp_path):
-    papermill(tmp_path / "out.ipynb", "methods", "all", "epochs", 1, "tasks", 1)
+    papermill(tmp_path / "out.ipynb", "methods", "all", "epochs", 1, "tasks", 2)
     with (tmp_path / "reports/lifelong/shapes/table.csv").open() as f:
         shown = [row["model"] for row in csv.DictReader(f)]
     assert shown == [m.title for m in METHODS.values() if not m.beyond]
@@ -109,9 +109,9 @@ def test_the_multi_task_study_runs_through_papermill(tmp_path):
 
 def test_mnist_shows_the_papers_errors(tmp_path, shared):
     data = ("dataset", "mnist", "data_dir", shared / "data", "fractions", "3%")
-    parameters = (*data, "epochs", 2, "trials", 2)
+    parameters = (*data, "epochs", 5, "trials", 2)
     out, notebook = tmp_path / "out.ipynb", ROOT / "nbs/mtl.ipynb"
-    papermill(out, *parameters, "methods", "STL", "eval_every", 2, notebook=notebook)
+    papermill(out, *parameters, "methods", "STL", "eval_every", 5, notebook=notebook)
     with (tmp_path / "reports/mtl/mnist-heterogeneous/table.csv").open() as f:
         (row,) = csv.DictReader(f)
     assert row["paper at 3% (%)"] == "0.99" and row["at 3%"] in ("within", "outside")
@@ -146,7 +146,7 @@ def test_the_paper_trains_for_so_many_hours_and_shows_it(tmp_path, shared):
     archives.mkdir()
     (archives / "mnist.tgz").symlink_to(shared / "data/mnist.tgz")  # no other images
     parameters = ("records", "records", "data_dir", archives, "workers", 1)
-    papermill(out, *parameters, "hours", 0.004, notebook=notebook)
+    papermill(out, *parameters, "hours", 0.01, notebook=notebook)
     shown = "".join(json.dumps(c.get("outputs", [])) for c in nbformat.read(out, 4).cells)
     assert "A first look, short" in shown and "The time is up." in shown
     made = {f.parent.name.split("-trial")[0] for f in (tmp_path / "records/runs/mnist-heterogeneous").glob("*/summary.json")}
@@ -175,6 +175,14 @@ def test_the_analysis_runs_through_papermill(tmp_path):
     papermill(out, *short, "records", ROOT / "reports/full/cifar100", notebook=notebook)
     shown = "".join(json.dumps(c.get("outputs", [])) for c in nbformat.read(out, 4).cells)
     assert "the paper's schedule of 2000 epochs per task" in shown and "complete record found" in shown
+
+
+def test_officehome_runs_where_its_folder_is(tmp_path, home, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run_cells("lifelong", ("dataset", "officehome", "data_dir", str(home), "epochs", "1", "tasks", "1", "methods", "STL"))
+    (record,) = (tmp_path / "reports/lifelong/officehome").glob("*/summary.json")
+    assert json.loads(record.read_text())["parameters"] == 2_679_437
+    assert "paper: peak accuracy" in (tmp_path / "reports/lifelong/officehome/table.csv").read_text()
 
 
 def test_cifar100_shows_the_papers_numbers(tmp_path, shared):
@@ -257,7 +265,7 @@ def test_bad_input_ends_before_training(tmp_path, monkeypatch, notebook, paramet
     assert message in str(said.value) and not list(tmp_path.rglob("history.csv"))
 
 
-@pytest.mark.parametrize("notebook", ["lifelong", "paper"])  # all of them ask the same function
+@pytest.mark.parametrize("notebook", REFUSED)
 def test_of_bad_input_papermill_shows_one_sentence(tmp_path, notebook):
     parameters, message = REFUSED[notebook][0]
     done = papermill(tmp_path / "out.ipynb", *parameters, ok=False, notebook=ROOT / f"nbs/{notebook}.ipynb")

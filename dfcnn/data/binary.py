@@ -96,12 +96,7 @@ class MultiTask(DataSet):
     pool: dict | None = None  # rule of `split_counts` for each class of a trial's pools; None: no pools
 
     def pick(
-        self,
-        images: Images,  # of the data set
-        name: str,  # of the task
-        classes: list[str],  # its classes, the true one first
-        seed: int,  # of the draw
-        trial: int,  # another one draws other images
+        self, images: Images, name: str, classes: list[str], seed: int, trial: int
     ) -> list[tuple[torch.Tensor, torch.Tensor]]:  # (image indices, labels: 1 true, 0 false) of each
         "Draw three sets of images, true ones of the first class and false ones of the others."
         train, valid, test = self.split.values()
@@ -116,14 +111,7 @@ class MultiTask(DataSet):
             *draw_binary(images, "test", *sides, [test], stream(seed, "test", name)),
         ]
 
-    def draw(
-        self,
-        images: Images,  # of the data set
-        name: str,  # of the task
-        classes: list[str],  # its classes, the true one first
-        seed: int,  # of the draw
-        trial: int,  # another one draws other images
-    ) -> Task:  # with label 1 for the first class, 0 for the others
+    def draw(self, images: Images, name: str, classes: list[str], seed: int, trial: int) -> Task:  # with label 1 for the first class, 0 for the others
         "A task whose first class is true, and the others false."
         rest = classes[1] if len(classes) == 2 else "another"
         return replace(super().draw(images, name, classes, seed, trial), classes=[rest, classes[0]])

@@ -136,20 +136,24 @@ def caption(
 ) -> str:
     "On what the numbers stand: data, trials, length."
     c = records[0].config
-    trials = len({r.config.trial for r in records})
+    each = {r.config.method: set() for r in records}
+    for r in records:
+        each[r.config.method].add(r.config.trial)
+    least, trials = min(map(len, each.values())), max(map(len, each.values()))
+    counted = f"{least} to {trials} trials" if least < trials else f"{trials} trial{'s' * (trials > 1)}"
     per = "in all" if c.together else "per task"
     seed = f", seed {c.seed}" if c.seed else ""
     if DATASETS[c.dataset].own:
-        return f"{DATASETS[c.dataset].title}. {trials} trial{'s' if trials > 1 else ''}, {c.epochs} epochs {per}{seed}."
+        return f"{DATASETS[c.dataset].title}. {counted}, {c.epochs} epochs {per}{seed}."
     paper = TRAINING[DATASETS[c.dataset].architecture]
     length = f"SHORT RUN: {c.short}" if c.short else f"the paper's schedule of {c.epochs} epochs {per}"
-    few = "" if trials >= paper.trials else f" (paper: {paper.trials})"
+    few = "" if least >= paper.trials else f" (paper: {paper.trials})"
     scored = "" if c.together or c.score_every == 1 else f", scored every {c.score_every} epochs (paper: every one)"
     title = DATASETS[c.dataset].title
     if c.together:  # one of the fractions is in the title; a table may have several
         fractions = dict.fromkeys(DATASETS[r.config.dataset].fraction for r in records)
         title = title.replace(f" {DATASETS[c.dataset].fraction} of", f" {', '.join(fractions)} of")
-    return f"{title}. {trials} trial{'s' if trials > 1 else ''}{few}, {length}{scored}{seed}."
+    return f"{title}. {counted}{few}, {length}{scored}{seed}."
 
 # %% ../../nbs/36_figures.ipynb #bc6e8c41
 def peak_table(records: Sequence[Record]) -> pd.DataFrame:  # a row for each method, values as text
@@ -464,7 +468,6 @@ LIFELONG_REPORT = {
 }
 ABLATION_REPORT = {**LIFELONG_REPORT, "costs.csv": cost_table}
 MULTITASK_REPORT = {"table.csv": error_table, "costs.csv": cost_of_errors, "errors.png": error_curves}
-
 
 # %% ../../nbs/36_figures.ipynb #a65c4b30
 def settings_of(records: Sequence[Record]) -> dict[str, Any]:  # field of `RunConfig` -> value, or a list of several values

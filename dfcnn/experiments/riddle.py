@@ -55,14 +55,7 @@ def _statistics(images: Images) -> tuple[torch.Tensor, torch.Tensor]:
 class ScaledAtOnce(DataSet):
     "A data set whose images are all scaled in the same way."
 
-    def draw(
-        self,
-        images: Images,  # of the data set
-        name: str,  # of the task
-        classes: list[str],  # its classes, names of `images.classes`
-        seed: int,  # of the draw
-        trial: int,  # another one draws other images
-    ) -> Task:
+    def draw(self, images: Images, name: str, classes: list[str], seed: int, trial: int) -> Task:
         "One task, with its images scaled."
         raw = DataSet(**{f.name: getattr(self, f.name) for f in fields(self)} | dict(standardized=False))
         task, (std, mean) = raw.draw(images, name, classes, seed, trial), _statistics(images)

@@ -443,7 +443,6 @@ def multitask_study(
     folder = f"{dataset}-{distribution}"
     return lay_out(config, datasets, folder, methods, trials, data_dir, output_dir, Engine(**kwargs))
 
-
 # %% ../../nbs/35_studies.ipynb #faa2eddc
 def notebook_parameters(
     namespace: dict[str, Any],  # the notebook's `globals()`

@@ -253,7 +253,6 @@ def as_it_stands(self: Evidence, groups: Sequence[Sequence[Record]]) -> dict[str
         stands_on=f"{len(values)} trials, {schedule_of(study[0])}",
     )
 
-
 # %% ../../nbs/38_verdicts.ipynb #39838793
 @patch
 def find(
