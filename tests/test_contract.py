@@ -7,7 +7,7 @@ import torch
 
 from dfcnn.core import BadInput
 from dfcnn.data.tasks import Task
-from dfcnn.methods.architectures import ARCHITECTURES
+from dfcnn.methods.architectures import architecture_called
 from dfcnn.methods.expandable import DEN, Growth
 from dfcnn.methods.registry import METHODS, build_network
 from dfcnn.testing import noise_tasks
@@ -20,11 +20,12 @@ from dfcnn.experiments.metrics import forgetting_ratio
 from dfcnn.experiments.studies import multitask_study
 
 HYPER = dict(epochs=2, lr=1e-3, decay=2.5e-4, batch_size=10)
+SMALL = "own-3x16-10"  # CIFAR-100's layers and knowledge bases on images of half the side, so that a step takes a quarter of the time
 
 
 def small_tasks(n=3, images=20) -> list[Task]:
-    "Tasks of few images, of the size of CIFAR-100."
-    return noise_tasks(n, (images, 10, 30), side=32, classes=10, generator=torch.Generator().manual_seed(0))
+    "Tasks of few and small images."
+    return noise_tasks(n, (images, 10, 30), side=16, classes=10, generator=torch.Generator().manual_seed(0))
 
 
 @pytest.fixture(params=[m for m in METHODS if not METHODS[m].beyond])  # these: tests/test_factorize.py
@@ -34,7 +35,7 @@ def method(request):
 
 def learner(method, cbs=(), seed=0, tasks=None, **kw):
     tasks = tasks or small_tasks()
-    network = build_network(method, "cifar100", seed=seed, length=len(tasks))
+    network = build_network(method, SMALL, seed=seed, length=len(tasks))
     return lifelong_learner(network, tasks, **{**HYPER, **kw}, cbs=list(cbs))
 
 
@@ -75,7 +76,7 @@ def test_a_state_dict_restores_it(method):
     learn = learner(method)
     train(learn)
     network, x = learn.model.eval(), small_tasks()[0].test.x
-    other = build_network(method, "cifar100", seed=99)
+    other = build_network(method, SMALL, seed=99)
     other.load_state_dict(network.state_dict())
     assert len(other.tasks) == 3
     with torch.no_grad():
@@ -83,18 +84,18 @@ def test_a_state_dict_restores_it(method):
 
 
 def test_initial_values_of_a_task_do_not_depend_on_the_others(method):
-    one, three = (build_network(method, "cifar100", 5, n_tasks=n, length=3) for n in (1, 3))
+    one, three = (build_network(method, SMALL, 5, n_tasks=n, length=3) for n in (1, 3))
     values = dict(three.named_parameters())
     assert all(torch.equal(p, values[k]) for k, p in one.named_parameters())
-    other = dict(build_network(method, "cifar100", 6, n_tasks=1, length=3).named_parameters())
+    other = dict(build_network(method, SMALL, 6, n_tasks=1, length=3).named_parameters())
     assert any(not torch.equal(p, other[k]) for k, p in one.named_parameters())
 
 
 def test_uses_is_what_predictions_depend_on(method):
-    network = build_network(method, "cifar100", n_tasks=2).eval()
+    network = build_network(method, SMALL, n_tasks=2).eval()
     for task in range(2):
         network.zero_grad()
-        network(torch.randn(2, 3, 32, 32), task).square().sum().backward()
+        network(torch.randn(2, 3, 16, 16), task).square().sum().backward()
         reached = {id(p) for p in network.parameters() if p.grad is not None}
         assert reached <= {id(p) for p in network.uses(task)}
 
@@ -130,7 +131,7 @@ def test_no_score_is_repeated_after_a_change(method):
 
 
 def test_no_score_is_repeated_where_all_units_are_put_back():
-    network = DEN(ARCHITECTURES["cifar100"], growth=Growth(units=100, split=0.0))
+    network = DEN(architecture_called(SMALL), growth=Growth(units=100, split=0.0))
     train(lifelong_learner(network, small_tasks(), **{**HYPER, "epochs": 8}, cbs=[Rescore(), Audit()]))
 
 
@@ -237,7 +238,7 @@ def test_a_diverging_loss_stops_the_run():
 
 
 def together(method, cbs=(), schedule=(1, 0, 0, 2, 1), **kw):
-    network = build_network(method, "cifar100", seed=0, length=3)
+    network = build_network(method, SMALL, seed=0, length=3)
     hyper = {**HYPER, "epochs": None, **kw}
     del hyper["epochs"]
     return task_learner(network, small_tasks(), schedule, **hyper, cbs=list(cbs), together=True)
@@ -291,7 +292,7 @@ def test_tasks_may_differ_in_their_number_of_classes(method):
     train(learn)
     net, x = learn.model.eval(), tasks[0].test.x[:4]
     assert [net(x, t).shape[1] for t in range(3)] == [10, 3, 6] == net.outputs
-    other = build_network(method, "cifar100", seed=9, length=3)
+    other = build_network(method, SMALL, seed=9, length=3)
     other.load_state_dict(net.state_dict())
     assert all(torch.equal(other.eval()(x, t), net(x, t)) for t in range(3))
     with pytest.raises(BadInput, match="Task 2 of this .* has 3 classes, not 10"):
