@@ -79,6 +79,9 @@ def history_checksum(
     return hashlib.sha256(path.read_bytes().replace(b"\r\n", b"\n")).hexdigest()
 
 # %% ../../nbs/32_records.ipynb #967592e6
+_SUMMARIZED: dict[tuple[str, bool], dict[str, float]] = {}  # by a table's checksum, and whether tasks were learned together
+
+
 def summary_of(
     folder: Path,  # of the record
     config: RunConfig,  # that it holds
@@ -89,11 +92,14 @@ def summary_of(
     if not done.exists():
         return {}
     stored = json.loads(done.read_text(encoding="utf-8"))
-    if stored.get("history", True) not in (True, history_checksum(folder / "history.csv")):
+    checksum = history_checksum(folder / "history.csv")
+    if stored.get("history", True) not in (True, checksum):
         raise ValueError("history.csv is not what it was when the run was complete")
-    figures = summarize_together if config.together else summarize
+    known = checksum, config.together
+    if known not in _SUMMARIZED:
+        _SUMMARIZED[known] = (summarize_together if config.together else summarize)(history)
     kept = {k: stored[k] for k in ("parameters", "pretraining_seconds") if k in stored}
-    return {**kept, **figures(history)}
+    return {**kept, **_SUMMARIZED[known]}
 
 
 def load_record(
