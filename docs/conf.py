@@ -20,6 +20,7 @@ extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.viewcode"]
 myst_enable_extensions = ["dollarmath", "amsmath"]
 myst_heading_anchors = 3
 nb_execution_mode = "off"
+nb_render_markdown_format = "myst"  # tables in what a cell displays, as in prose
 suppress_warnings = ["myst.header"]  # a report may go from a title to a third level
 templates_path, exclude_patterns = [], []
 

@@ -231,16 +231,16 @@ def main(out: Path) -> None:
     for book in (*site.library, *site.applications):
         source = f"The notebook [`{book.at}`]({at_repository(book.at)})"
         if book.module:
-            exports = f", which exports {{doc}}`{book.module} <../reference/{book.module}>`"
+            about = f", which exports {{doc}}`{book.module} <../reference/{book.module}>`."
         else:
             rendered = [r for r in site.reports if r.at.stem.partition("-")[0] == book.at.stem]
             links = ", ".join(f"[`{r.at}`]({site.relative(r.at, book.at)})" for r in rendered)
-            exports = f", rendered as {links}" if links else ""
-        site.notebook(book, f"<small>{source}{exports}.</small>")
+            about = f". **With its results: {links}**" if links else ". It shows its results when it is run."
+        site.notebook(book, f"<small>{source}{about}</small>")
     labels = {}
     for book in site.reports:
         said = "; ".join(f"{k} {v}" for k, v in book.parameters.items())
-        labels[book.at] = f"{book.title}: {book.parameters['dataset']}" if "dataset" in book.parameters else book.title
+        labels[book.at] = f"{book.title}: {book.parameters.get('dataset', 'with results')}"
         source = f"The report [`{book.at}`]({at_repository(book.at)})"
         original = site.names.get(book.at.stem) or site.names.get(book.at.stem.partition("-")[0])
         made = f", made from [`{original}`]({site.relative(original, book.at)})" if original else ""
@@ -258,7 +258,7 @@ def main(out: Path) -> None:
     page = Path("reports/index.md")
     text = "# Reports\n\nRendered notebooks, as they are kept in the repository. Their records lie beside them.\n\n"
     text += site.listing(site.reports, page, labels=labels)
-    records = [site.relative(site.pages[p], page).removesuffix(".md") for p in site.indexes]
+    records = [f"The records <{site.relative(site.pages[p], page).removesuffix('.md')}>" for p in site.indexes]
     site.write(page, text + "\n".join(["```{toctree}", "", *records, "```", ""]) if records else text)
     reference(site)
     project = "\n".join(["```{toctree}", "", "contributing", "changelog", "```"])

@@ -80,7 +80,7 @@ def undisturbed(tmp_path_factory):
 def processes():
     "A way to start processes that have imported the package already."
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["dfcnn.experiments.studies", "torch._dynamo"])  # which the first optimizer of a process imports
+    context.set_forkserver_preload(["dfcnn.experiments.studies"])
     return context
 
 

@@ -199,7 +199,8 @@ def run(self: Study) -> list[Record]:  # of the runs that are complete, which ar
     epochs = self.epochs_left()
     self.check_space([c for c in self.configs if epochs[c]])
     titles = {c: self.title_of(c) for c in self.configs}
-    work = {c: epochs[c] * step_flops(c.method, self.dataset.architecture, c.tasks) for c in self.configs}
+    several = self.engine.workers > 1 or self.engine.scheduler
+    work = {c: epochs[c] * step_flops(c.method, self.dataset.architecture, c.tasks) if several else 0 for c in self.configs}
     left, results, deaths = sorted(self.configs, key=work.get, reverse=True), {}, 0
     with ProgressMonitor(titles, epochs, self.output_dir) as monitor:
 

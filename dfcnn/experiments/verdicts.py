@@ -52,14 +52,15 @@ from dfcnn.experiments.metrics import (
 from .records import Record, load_records
 
 # %% auto #0
-__all__ = ['WIDE', 'NONE', 'NOT_RUN', 'PEAK', 'PEAK_OF_SEEN', 'SLOPE', 'MOST_CHANGED', 'EARLY_LOSS', 'LATE_CHANGE', 'FIRST_KEPT',
-           'BACKWARD', 'LATE_GAIN', 'KEPT', 'SPEED', 'PEAK_AT', 'SECONDS', 'ERROR', 'POINTS', 'NOTHING', 'FIFTH', 'C',
-           'O', 'OTHERS', 'SIZED', 'DFS', 'MNIST', 'CIFAR', 'less', 'more', 'no_better', 'TIME', 'PRINTED', 'WORDS',
-           'ON_CIFAR100', 'ON_HOME', 'OF_TASKS_TOGETHER', 'SHOWN', 'Rule', 'above', 'below', 'within', 'around',
-           'studies', 'variant', 'once', 'Metric', 'schedule_of', 'effect', 'doubts', 'Evidence', 'single',
-           'difference', 'ratio', 'Counted', 'peak_of', 'kept_after', 'Claim', 'accuracy_claims', 'forgetting_claims',
-           'transfer_claims', 'cost_claims', 'home_claims', 'of_table', 'against', 'multitask_claims', 'claims',
-           'findings', 'command', 'scorecard', 'target_table', 'Shown', 'SideBySide', 'side_by_side']
+__all__ = ['WIDE', 'NONE', 'LEANS', 'NOT_RUN', 'PEAK', 'PEAK_OF_SEEN', 'SLOPE', 'MOST_CHANGED', 'EARLY_LOSS', 'LATE_CHANGE',
+           'FIRST_KEPT', 'BACKWARD', 'LATE_GAIN', 'KEPT', 'SPEED', 'PEAK_AT', 'SECONDS', 'ERROR', 'POINTS', 'NOTHING',
+           'FIFTH', 'C', 'O', 'OTHERS', 'SIZED', 'DFS', 'MNIST', 'CIFAR', 'less', 'more', 'no_better', 'TIME',
+           'PRINTED', 'WORDS', 'ON_CIFAR100', 'ON_HOME', 'OF_TASKS_TOGETHER', 'SHOWN', 'Rule', 'above', 'below',
+           'within', 'around', 'studies', 'variant', 'once', 'Metric', 'schedule_of', 'effect', 'doubts', 'Evidence',
+           'single', 'difference', 'ratio', 'Counted', 'peak_of', 'kept_after', 'Claim', 'accuracy_claims',
+           'forgetting_claims', 'transfer_claims', 'cost_claims', 'home_claims', 'of_table', 'against',
+           'multitask_claims', 'claims', 'findings', 'command', 'scorecard', 'target_table', 'Shown', 'SideBySide',
+           'side_by_side']
 
 # %% ../../nbs/38_verdicts.ipynb #9f659e1d
 @dataclass(frozen=True)
@@ -187,9 +188,11 @@ def doubts(values: Sequence[float], study: Sequence[Record]) -> list[str]:
 
 # %% ../../nbs/38_verdicts.ipynb #ee745d5d
 WIDE, NONE = "the interval reaches over the bound", "no trial has it"
+LEANS = {"reproduced": "as claimed", "contradicted": "otherwise", "undecided": "to neither side"}  # the mean, if it were known exactly
 NOT_RUN = dict(
     mean=np.nan,
     effect="",
+    leans="",
     trials=0,
     schedule="",
     verdict="not run",
@@ -277,6 +280,7 @@ def find(
     return row | dict(
         mean=values.mean(),
         effect=effect(values, self.form),
+        leans=LEANS[self.rule.judge(values.mean(), 0.0)],
         trials=len(values),
         schedule=schedule_of(study[0]),
         verdict="undecided" if why else there,
@@ -337,6 +341,7 @@ class Counted:
             claimed=str(self.rule),
             mean=off,
             effect=f"{off:+.2g}",
+            leans=LEANS[verdict],
             schedule="counted in the networks",
             verdict=verdict,
             stands=verdict,
@@ -751,6 +756,7 @@ def scorecard(
                 stands_on=unique([counts(stands)] * (stands.nunique() > 1) + own.stands_on.tolist()),
                 because=unique(why),
                 effect="; ".join(lines),
+                leans=counts(own.leans),
                 measured=unique(seen.metric),
                 trials=unique(seen.trials),
                 schedule=unique(seen.schedule),

@@ -75,6 +75,9 @@ class RMSProp(Optimizer):
     ):
         super().__init__(params, dict(lr=lr, decay=decay, eps=eps, scale=scale))
 
+    # as in torch, without what hides them from torch.compile: it imports torch._dynamo, two seconds of every process that trains
+    add_param_group, zero_grad = (getattr(f, "__wrapped__", f) for f in (Optimizer.add_param_group, Optimizer.zero_grad))
+
     def mean_square(self, p: torch.nn.Parameter) -> torch.Tensor:
         "The mean square of a parameter, one where there was no step yet."
         if not self.state[p]:
