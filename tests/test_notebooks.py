@@ -287,40 +287,23 @@ def test_parameters_are_tagged(notebook):
     assert sum("parameters" in c.metadata.get("tags", []) for c in nbformat.read(notebook, 4).cells) == 1
 
 
-@pytest.fixture(scope="session")
-def regenerated(tmp_path_factory):
-    "A copy of the repository in which everything that is generated was generated anew."
-    copy = tmp_path_factory.mktemp("copy") / "dfcnn"
-    shutil.copytree(
-        ROOT,
-        copy,
-        ignore=shutil.ignore_patterns(
-            ".git", ".venv*", "lifelong", "ablations", "mtl", "__pycache__", "build", "*.egg-info"
-        ),
-    )
+def test_generated_files_are_up_to_date(tmp_path):
+    copy = tmp_path / "dfcnn"
+    apart = (".git", ".venv*", "lifelong", "ablations", "mtl", "__pycache__", "build", "*.egg-info")
+    shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(*apart))
     for module in (copy / "dfcnn").rglob("*.py"):
         if module.name != "__init__.py":
             module.unlink()
     (copy / "README.md").unlink()
     call("nbdev_clean", cwd=copy)
     call("nbdev_export", cwd=copy)
-    done = subprocess.run(
-        ["bash", ".ci/readme"],
-        cwd=copy,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}"},
-    )
+    env = {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}"}
+    done = subprocess.run(["bash", ".ci/readme"], cwd=copy, capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr
-    return copy
-
-
-@pytest.mark.xdist_group("generated")
-@pytest.mark.parametrize("what", ["nbs/*.ipynb", "dfcnn/**/*.py", "README.md"])
-def test_generated_files_are_up_to_date(regenerated, what):
-    here = {f.relative_to(ROOT): f.read_text() for f in ROOT.glob(what)}
-    fresh = {f.relative_to(regenerated): f.read_text() for f in regenerated.glob(what)}
-    stale = [str(k) for k in here.keys() | fresh.keys() if here.get(k) != fresh.get(k)]
+    stale = []
+    for what in ("nbs/*.ipynb", "dfcnn/**/*.py", "README.md"):
+        here, fresh = ({f.relative_to(root): f.read_text() for f in root.glob(what)} for root in (ROOT, copy))
+        stale += [str(k) for k in here.keys() | fresh.keys() if here.get(k) != fresh.get(k)]
     assert not stale, f"out of date with its notebook: {stale}; run nbdev_clean, nbdev_export and .ci/readme"
 
 
