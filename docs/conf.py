@@ -33,7 +33,7 @@ python_maximum_signature_line_length = 80
 python_use_unqualified_type_names = True
 
 html_theme = "pydata_sphinx_theme"
-html_title = SETTINGS["title"]
+html_title = "A paper as running code"  # after the title of each page
 html_static_path = [str(Path(__file__).parent / "_static")]
 html_css_files = ["site.css"]
 html_show_sourcelink = False

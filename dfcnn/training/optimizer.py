@@ -75,8 +75,15 @@ class RMSProp(Optimizer):
     ):
         super().__init__(params, dict(lr=lr, decay=decay, eps=eps, scale=scale))
 
-    # as in torch, without what hides them from torch.compile: it imports torch._dynamo, two seconds of every process that trains
-    add_param_group, zero_grad = (getattr(f, "__wrapped__", f) for f in (Optimizer.add_param_group, Optimizer.zero_grad))
+    # Torch hides these two from torch.compile, and for that imports torch._dynamo: two seconds of every process that trains.
+
+    def add_param_group(self, param_group: dict) -> None:
+        "Take more parameters, as torch does."
+        getattr(Optimizer.add_param_group, "__wrapped__", Optimizer.add_param_group)(self, param_group)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        "Forget the gradients, as torch does."
+        getattr(Optimizer.zero_grad, "__wrapped__", Optimizer.zero_grad)(self, set_to_none)
 
     def mean_square(self, p: torch.nn.Parameter) -> torch.Tensor:
         "The mean square of a parameter, one where there was no step yet."
