@@ -240,7 +240,7 @@ def main(out: Path) -> None:
     labels = {}
     for book in site.reports:
         said = "; ".join(f"{k} {v}" for k, v in book.parameters.items())
-        labels[book.at] = f"{book.title}: {book.parameters.get('dataset', 'with results')}"
+        labels[book.at] = f"{book.title}: {book.parameters['dataset']}" if "dataset" in book.parameters else f"{book.title} (report)"
         source = f"The report [`{book.at}`]({at_repository(book.at)})"
         original = site.names.get(book.at.stem) or site.names.get(book.at.stem.partition("-")[0])
         made = f", made from [`{original}`]({site.relative(original, book.at)})" if original else ""
