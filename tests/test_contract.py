@@ -20,12 +20,12 @@ from dfcnn.experiments.metrics import forgetting_ratio
 from dfcnn.experiments.studies import multitask_study
 
 HYPER = dict(epochs=2, lr=1e-3, decay=2.5e-4, batch_size=10)
-SMALL = "own-3x16-10"  # CIFAR-100's layers and knowledge bases on images of half the side, so that a step takes a quarter of the time
+SMALL = "own-3x8-10"  # CIFAR-100's layers and knowledge bases on images of 8 x 8 pixels: a step takes a fraction of the time
 
 
 def small_tasks(n=3, images=20) -> list[Task]:
     "Tasks of few and small images."
-    return noise_tasks(n, (images, 10, 30), side=16, classes=10, generator=torch.Generator().manual_seed(0))
+    return noise_tasks(n, (images, 10, 30), side=8, classes=10, generator=torch.Generator().manual_seed(0))
 
 
 @pytest.fixture(params=[m for m in METHODS if not METHODS[m].beyond])  # these: tests/test_factorize.py
@@ -95,7 +95,7 @@ def test_uses_is_what_predictions_depend_on(method):
     network = build_network(method, SMALL, n_tasks=2).eval()
     for task in range(2):
         network.zero_grad()
-        network(torch.randn(2, 3, 16, 16), task).square().sum().backward()
+        network(torch.randn(2, 3, 8, 8), task).square().sum().backward()
         reached = {id(p) for p in network.parameters() if p.grad is not None}
         assert reached <= {id(p) for p in network.uses(task)}
 

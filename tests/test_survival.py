@@ -126,6 +126,19 @@ lifelong_study(methods="STL HPS", tasks=2, epochs=200, output_dir={str(tmp_path)
             assert not path.with_name("summary.json").exists()
 
 
+def work_and_look(folder: Path) -> None:
+    work(LIFELONG, folder)
+    assert "torch._dynamo" not in sys.modules
+
+
+def test_to_train_torch_dynamo_is_not_imported(tmp_path, processes):
+    "It takes two seconds, in every worker of a study: see `RMSProp`."
+    process = processes.Process(target=work_and_look, args=(tmp_path,))
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+
+
 def work_with_workers(folder: Path) -> None:
     lifelong_study(methods="STL HPS", tasks=1, epochs=1, output_dir=str(folder), workers=2).run()
 
