@@ -107,10 +107,11 @@ def test_the_multi_task_study_runs_through_papermill(tmp_path):
     assert "This is a short run" in shown and "scikit-learn's handwritten digits" in shown
 
 
-def test_mnist_shows_the_papers_errors(tmp_path, shared, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    data = ("dataset", "mnist", "data_dir", str(shared / "data"), "fractions", "3%")
-    run_cells("mtl", (*data, "epochs", "5", "trials", "2", "methods", "STL", "eval_every", "5"))
+def test_mnist_shows_the_papers_errors(tmp_path, shared):
+    data = ("dataset", "mnist", "data_dir", shared / "data", "fractions", "3%")
+    parameters = (*data, "epochs", 5, "trials", 2)
+    out, notebook = tmp_path / "out.ipynb", ROOT / "nbs/mtl.ipynb"
+    papermill(out, *parameters, "methods", "STL", "eval_every", 5, notebook=notebook)
     with (tmp_path / "reports/mtl/mnist-heterogeneous/table.csv").open() as f:
         (row,) = csv.DictReader(f)
     assert row["paper at 3% (%)"] == "0.99" and row["at 3%"] in ("within", "outside")
@@ -184,9 +185,9 @@ def test_officehome_runs_where_its_folder_is(tmp_path, home, monkeypatch):
     assert "paper: peak accuracy" in (tmp_path / "reports/lifelong/officehome/table.csv").read_text()
 
 
-def test_cifar100_shows_the_papers_numbers(tmp_path, shared, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    run_cells("lifelong", ("dataset", "cifar100", "data_dir", str(shared / "data"), "epochs", "1", "tasks", "1", "methods", "STL"))
+def test_cifar100_shows_the_papers_numbers(tmp_path, shared):
+    short = ("epochs", 1, "tasks", 1, "methods", "STL")
+    papermill(tmp_path / "out.ipynb", "dataset", "cifar100", "data_dir", shared / "data", *short)
     assert "31.2 ± 2.2" in (tmp_path / "reports/lifelong/cifar100/table.csv").read_text()
 
 

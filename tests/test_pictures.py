@@ -16,6 +16,7 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "docs"))
+import pictures
 from pictures import ALT, alike, draw, is_picture, updated
 
 NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
@@ -67,6 +68,19 @@ def test_of_a_notebook_only_what_pictures_need_is_run_and_only_pictures_are_kept
     saved[0].source = saved[0].source.replace("3]", "9]")
     other = notebook(tmp_path / "b.ipynb", *saved)
     assert nbformat.reads(updated(other), 4).cells[2].outputs != saved[2].outputs
+
+
+def test_the_command_says_what_is_out_of_date_and_draws_it(tmp_path, monkeypatch, capsys):
+    (tmp_path / "nbs").mkdir()
+    path = notebook(tmp_path / "nbs/a.ipynb", drawing("[1, 2]"))
+    before = path.read_text()
+    monkeypatch.setattr(pictures, "ROOT", tmp_path)
+    for given, said, fails in (["--check"], "Out of date: a.ipynb", True), ([], "Drawn anew: a.ipynb", False), (["--check"], "Out of date: nothing", False):
+        monkeypatch.setattr(sys, "argv", ["pictures.py", *given])
+        with pytest.raises(SystemExit) as end:
+            pictures.main()
+        assert said in capsys.readouterr().out and bool(end.value.code) == fails
+        assert (path.read_text() == before) == (fails and given == ["--check"])
 
 
 def test_a_picture_that_a_test_must_run_for_is_refused(tmp_path):
