@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import shutil
 import tarfile
 from pathlib import Path
@@ -22,21 +23,40 @@ from dfcnn.data.tasks import officehome_groups
 
 @pytest.fixture(autouse=True)
 def own_cache(request, tmp_path, tmp_path_factory, monkeypatch):
-    "An empty cache for each test; real images are decoded once for all of a process."
+    "An empty cache for each test; real images are decoded once for all tests and all processes."
+    base = tmp_path_factory.getbasetemp()
+    run = base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base  # that of the whole run
     real = "shared" in request.fixturenames
-    cache = tmp_path_factory.getbasetemp() / "cache-of-real-images" if real else tmp_path / "cache"
-    monkeypatch.setenv("DFCNN_CACHE", str(cache))
+    monkeypatch.setenv("DFCNN_CACHE", str(run / "cache-of-real-images" if real else tmp_path / "cache"))
 
 
-def test_cifar_folder_archive_and_cache(cifar, tmp_path, monkeypatch):
+@pytest.fixture(scope="module")
+def archive(cifar, tmp_path_factory):
+    "The folder of `cifar`, packed."
+    path = tmp_path_factory.mktemp("packed") / "cifar100.tgz"
+    with tarfile.open(path, "w:gz", compresslevel=1) as tar:
+        tar.add(cifar / "cifar100", "cifar100")
+    return path
+
+
+@pytest.fixture
+def cifar_to_change(cifar, tmp_path):
+    "The folder of `cifar` over again: its files are links until they are replaced, for a copy of 12,200 takes a second."
+    return Path(shutil.copytree(cifar / "cifar100", tmp_path / "cifar100", copy_function=os.link))
+
+
+def replace(path: Path) -> Path:
+    "`path`, without the file that was there: what is written to it now leaves the linked file as it is."
+    path.unlink()
+    return path
+
+
+def test_cifar_folder_archive_and_cache(cifar, archive, monkeypatch):
     folder = load_images("cifar100", cifar)
     assert folder.x.shape == (12200, 3, 32, 32) and folder.classes == CIFAR100_CLASSES
     assert folder.x[folder.of("train", 7), 0, 0, 0].unique().tolist() == [14]
-    with tarfile.open(tmp_path / "cifar100.tgz", "w:gz", compresslevel=1) as tar:
-        tar.add(cifar / "cifar100", "cifar100")
-    archive = load_images("cifar100", tmp_path)
-    assert archive.fingerprint == folder.fingerprint
-    assert load_images("cifar100", tmp_path / "cifar100.tgz").fingerprint == folder.fingerprint
+    assert load_images("cifar100", archive.parent).fingerprint == folder.fingerprint
+    assert load_images("cifar100", archive).fingerprint == folder.fingerprint
     monkeypatch.setattr(images_module, "decode", lambda *a: pytest.fail("the cache was not used"))
     assert load_images("cifar100", cifar).fingerprint == folder.fingerprint
 
@@ -52,11 +72,9 @@ def test_cifar_tasks(cifar):
             assert torch.allclose(split.x[:, :2].std((0, 2, 3), correction=0), torch.ones(2), atol=1e-4)
 
 
-def test_a_changed_folder_is_read_again(cifar, tmp_path):
-    copy = tmp_path / "cifar100"
-    shutil.copytree(cifar / "cifar100", copy)
+def test_a_changed_folder_is_read_again(cifar_to_change, tmp_path):
     before = load_images("cifar100", tmp_path).fingerprint
-    picture(copy / "train/apple/000.png", (32, 32), (9, 9, 9))
+    picture(replace(cifar_to_change / "train/apple/000.png"), (32, 32), (9, 9, 9))
     assert load_images("cifar100", tmp_path).fingerprint != before
 
 
@@ -76,16 +94,15 @@ def test_a_damaged_cache_is_made_again(cifar, tmp_path):
         (lambda f: shutil.rmtree(f / "train/worm"), "too few images in train/worm (0 of at least 20)"),
         (lambda f: (f / "train/worm").rename(f / "train/wurm"), "folders that are no class of it: wurm"),
         (
-            lambda f: picture(f / "train/worm/000.png", (64, 64), (0, 0, 0)),
+            lambda f: picture(replace(f / "train/worm/000.png"), (64, 64), (0, 0, 0)),
             "000.png' is 64x64, but 32x32 was expected",
         ),
-        (lambda f: (f / "train/worm/000.png").write_bytes(b"GIF89a"), "000.png' cannot be read"),
+        (lambda f: replace(f / "train/worm/000.png").write_bytes(b"GIF89a"), "000.png' cannot be read"),
     ],
     ids=["no test part", "a class is missing", "another class", "another size", "no image"],
 )
-def test_a_wrong_cifar_folder_is_named(cifar, tmp_path, spoil, message):
-    shutil.copytree(cifar / "cifar100", tmp_path / "cifar100")
-    spoil(tmp_path / "cifar100")
+def test_a_wrong_cifar_folder_is_named(cifar_to_change, tmp_path, spoil, message):
+    spoil(cifar_to_change)
     with pytest.raises(BadInput) as e:
         load_images("cifar100", tmp_path)
     assert message in str(e.value)
@@ -184,16 +201,12 @@ def test_a_parquet_label_that_is_no_class_is_refused(tmp_path, label):
 
 
 @pytest.mark.parametrize("where", [0.1, 0.5, 0.9])
-def test_a_damaged_archive_is_refused(cifar, tmp_path, where):
-    "Bits flipped in the middle of a compressed archive, and an archive cut short."
-    archive = tmp_path / "cifar100.tgz"
-    with tarfile.open(archive, "w:gz", compresslevel=1) as tar:
-        tar.add(cifar / "cifar100", "cifar100")
-    assert len(load_images("cifar100", tmp_path)) == 12200
+def test_a_damaged_archive_is_refused(archive, tmp_path, where):
+    "Bits flipped in the middle of a compressed archive, and an archive cut short; whole, it is read by the test above."
     raw = archive.read_bytes()
     at = int(len(raw) * where)
     for damaged in (raw[:at] + bytes(255 - b for b in raw[at : at + 64]) + raw[at + 64 :], raw[:at]):
-        archive.write_bytes(damaged)
+        (tmp_path / "cifar100.tgz").write_bytes(damaged)
         with pytest.raises(BadInput, match="cannot be read|too few images"):
             load_images("cifar100", tmp_path)
 
