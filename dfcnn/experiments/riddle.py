@@ -168,7 +168,7 @@ class Riddle:
     "Runs of candidates, one after the other."
 
     runs: dict[RunConfig, str]  # -> the candidate's name
-    images: Images = field(repr=False)
+    images: Images | None = field(repr=False)  # None where every run has its record
     folder: Path
     device: torch.device
 
@@ -176,12 +176,17 @@ class Riddle:
         "Carry out what has no complete record; a line for each run."
         done = []
         for config, name in self.runs.items():
-            where = self.folder / config.dataset / config.name
-            there = (where / "summary.json").exists()
+            where, there = _record_of(self.folder, config)
             record = load_record(where) if there else run(config, self.images, where.parent, self.device)
             print(f"{name}, {title_of(config.method)}, {config.epochs} epochs per task{': found' * there}", flush=True)
             done.append(record)
         return done
+
+
+def _record_of(folder: Path, config: RunConfig) -> tuple[Path, bool]:
+    "Where a run's record lies, and whether it is complete."
+    where = folder / config.dataset / config.name
+    return where, (where / "summary.json").exists()
 
 
 def riddle_study(
@@ -191,11 +196,11 @@ def riddle_study(
     epochs: int = 20,  # per task
     longer: int | None = 200,  # epochs per task of "mean loss and restart" in longer runs; None: no such runs
     tasks: int = 2,
-    data_dir: str | None = None,  # the user's images; None: download
+    data_dir: str | None = None,  # the user's images; None: download. They are read where a record is missing
     output_dir: str = "reports/riddle",  # records go to <output_dir>/<data set>
     device: str = "auto",
 ) -> Riddle:
-    "Check everything, load the images, and list the runs: every candidate on the same methods."
+    "Check everything, list the runs, every candidate on the same methods, and load the images if there is something to run."
     dataset = check_choice("data set", dataset, ["cifar100", "shapes"])
     methods = [check_choice("method", m, METHODS) for m in split_names("methods", list(methods) if isinstance(methods, tuple) else methods, METHODS)]
     names = [n.strip() for n in candidates.split(",")] if isinstance(candidates, str) else list(candidates)
@@ -205,7 +210,9 @@ def riddle_study(
         lengths.append((check_number("longer", longer, 1, 1_000_000), ["mean loss and restart"]))
     tasks, device = check_number("tasks", tasks, 1, 10), pick_device(device)
     runs = {CANDIDATES[n].config(dataset, m, e, tasks): n for e, some in lengths for n in some for m in methods}
-    return Riddle(runs, DATASETS[dataset].images(data_dir), Path(output_dir), device)
+    folder = Path(output_dir)
+    missing = any(not _record_of(folder, config)[1] for config in runs)
+    return Riddle(runs, DATASETS[dataset].images(data_dir) if missing else None, folder, device)
 
 # %% ../../nbs/40_riddle.ipynb #61ea0d20
 def candidate_of(

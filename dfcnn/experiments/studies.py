@@ -450,22 +450,31 @@ def notebook_parameters(
     target: Callable,  # the function that takes the parameters
 ) -> dict[str, Any]:  # keyword arguments for `target`
     "The notebook's variables that are arguments of `target`, checked against what papermill set."
+    injected = [cell for cell in namespace.get("In", []) if cell.startswith("# Parameters\n")]
     if "get_ipython" in namespace:  # in a notebook a refusal is one sentence, not a page of calls
         namespace["get_ipython"]().set_custom_exc((BadInput, RunsFailed), _show_refusal)
+        if not injected:
+            _leave_nbs()
     choices = list(inspect.signature(target).parameters)
     given = {k: namespace[k] for k in choices if k in namespace}
-    for cell in namespace.get("In", []):
-        if cell.startswith("# Parameters\n"):
-            asked: dict[str, Any] = {}
-            exec(cell, {}, asked)
-            for name, value in asked.items():
-                check_choice("parameter", name, choices)
-                if given.get(name) != value:
-                    raise BadInput(
-                        f"Parameter '{name}' was set to {value!r}, but the notebook would run with"
-                        f" {given.get(name)!r}. Does the cell of defaults still have its tag `parameters`?"
-                    )
+    for cell in injected:
+        asked: dict[str, Any] = {}
+        exec(cell, {}, asked)
+        for name, value in asked.items():
+            check_choice("parameter", name, choices)
+            if given.get(name) != value:
+                raise BadInput(
+                    f"Parameter '{name}' was set to {value!r}, but the notebook would run with"
+                    f" {given.get(name)!r}. Does the cell of defaults still have its tag `parameters`?"
+                )
     return given
+
+
+def _leave_nbs() -> None:
+    "Go on in the folder of the clone, if this is its folder of notebooks."
+    here = Path.cwd()
+    if here.name == "nbs" and (here.parent / "dfcnn").is_dir():
+        os.chdir(here.parent)
 
 
 def _show_refusal(shell: Any, kind: type, e: BadInput, trace: Any, tb_offset: int | None = None) -> list[str]:
