@@ -256,8 +256,14 @@ def find_method(method: str | type[LifelongNetwork]) -> Method:
         listed = [m for m in METHODS.values() if m.network is method and not m.size]
         if not listed:
             raise BadInput(f"{method.__name__} is not listed as a method. List it by `registry.register`.")
-        return listed[0]
-    return METHODS[check_choice("method", method, METHODS)]
+        found = listed[0]
+    else:
+        found = METHODS[check_choice("method", method, METHODS)]
+    if found.network.starts_from:
+        raise BadInput(
+            f"{found.title} starts from trained networks, which a study trains first (`lifelong`, `mtl`). Choose another method."
+        )
+    return found
 
 
 def find_name(

@@ -176,6 +176,35 @@ def test_a_state_dict_restores_it_in_another_process(tmp_path):
         torch.testing.assert_close(net.eval()(x, name), torch.tensor(there))
 
 
+def test_a_state_of_tasks_in_another_order_is_refused():
+    "A name would answer with the weights of another task: nothing but the names differs."
+    there, here = factorize(plain_cnn(), head="10"), factorize(plain_cnn(), head="10")
+    for name in ("birds", "tools"):
+        there.add_task(name, 4)
+    here.add_task("tools", 4)
+    with pytest.raises(BadInput, match="The state holds the tasks birds, tools, but the network has tools"):
+        here.load_state_dict(there.state_dict())
+
+
+def test_a_rule_holds_for_all_that_is_below_a_name_with_a_star():
+    net = factorize(torchvision.models.resnet18(weights=None), layers={"layer*.1": "shared"})
+    roles = {k: role for k, role in net.plan.roles.items() if k.startswith("layer")}
+    assert all((role == "shared") == (k.split(".")[1] == "1") for k, role in roles.items() if "downsample" not in k)
+    assert roles["layer2.0.downsample.0"] == "factorized"
+
+
+def test_a_frozen_layer_is_refused():
+    net = plain_cnn()
+    net[0].requires_grad_(False)
+    with pytest.raises(BadInput, match="'0.weight' is frozen"):
+        factorize(net, head="10")
+
+
+def test_a_budget_is_kept_where_nothing_is_factorized():
+    with pytest.raises(BadInput, match="A budget of 0.5 cannot be met"):
+        factorize(plain_cnn(), head="10", layers={nn.Conv2d: "own"}, budget=0.5)
+
+
 def test_copies_and_pickles_are_of_their_own():
     net = two_tasks(plain_cnn(), "10").eval()
     x = torch.randn(3, 3, 8, 8)

@@ -105,6 +105,11 @@ def test_every_method_learns_own_tasks_and_is_restored(method, photos, tmp_path)
     assert back.network.outputs == [3, 2]
 
 
+def test_a_method_that_starts_from_trained_networks_is_refused(photos):
+    with pytest.raises(BadInput, match="TF .Distillation. starts from trained networks"):
+        image_learner(tasks_from_folder(photos / "photos", size=16), "TF-distillation", device="cpu")
+
+
 def test_lifelong_takes_a_folder(photos, tmp_path):
     args = ["-p", "dataset", "folders", "-p", "data_dir", str(photos / "photos"), "-p", "size", "16", "-p", "epochs", "2", "-p", "methods", "STL SNN DF-CNN"]
     out = tmp_path / "out.ipynb"

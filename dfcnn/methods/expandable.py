@@ -323,7 +323,7 @@ def read_copies(
 
 # %% ../../nbs/17_expandable.ipynb #6ddf7999
 @patch
-def enter(self: DEN, stage: str) -> dict[str, list[int]]:  # what was reached, added, kept, split, by layer
+def enter(self: DEN, stage: str) -> dict[str, list[int]]:  # what was reached, added, kept and split, by layer
     "Begin a stage of `STAGES` after the first."
     generator = stream(self.seed, "init", "task", len(self.tasks) - 1, stage)
     done = {}
@@ -333,7 +333,8 @@ def enter(self: DEN, stage: str) -> dict[str, list[int]]:  # what was reached, a
         self.select(reached)
         done["reached"] = [int(r.sum()) for r in reached]
     if stage == "expand":
-        self.grow((self.growth.units,) * len(self.arch.channels), generator)
+        done["added"] = [self.growth.units] * len(self.arch.channels)
+        self.grow(done["added"], generator)
     if stage == "settle":
         if self.stage == "expand":
             done["kept"] = self.prune()
@@ -395,9 +396,15 @@ def before_batch(self: GrowthStages):
 
 
 @patch
+def images_in_loss(self: GrowthStages) -> int:
+    "How many images the loss sums over: those of the mini-batch, or one where it is their mean."
+    return len(self.pred) if getattr(self.learn.loss_func, "reduction", "mean") == "sum" else 1
+
+
+@patch
 def after_loss(self: GrowthStages):
     if self.training:
-        self.losses.append(self.loss.detach() / len(self.pred))
+        self.losses.append(self.loss.detach() / self.images_in_loss())
 
 
 @patch
@@ -413,7 +420,7 @@ def enter(self: GrowthStages, stage: str):
 # %% ../../nbs/17_expandable.ipynb #40ef3ca4
 @patch
 def before_step(self: GrowthStages):
-    growth, n = self.model.growth, len(self.pred)
+    growth, n = self.model.growth, self.images_in_loss()
     for p in self.trained:
         if self.model.stage == "retrain":
             p.grad.add_(p, alpha=n * growth.l2)

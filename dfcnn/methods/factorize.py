@@ -9,7 +9,7 @@ import copy
 from collections import OrderedDict
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from fnmatch import fnmatch
+from fnmatch import fnmatchcase
 from operator import index
 from typing import Any, Callable, Sequence
 
@@ -72,7 +72,7 @@ def fits(
 ) -> bool:
     "Does a key of a rule stand for this layer?"
     if isinstance(key, str):
-        return fnmatch(name, key) or name.startswith(f"{key}.")
+        return fnmatchcase(name, key) or fnmatchcase(name, f"{key}.*")
     return isinstance(module, key)
 
 
@@ -82,8 +82,9 @@ def tensors_of(net: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def layers_with_tensors(net: nn.Module) -> dict[str, nn.Module]:
-    "The layers that hold parameters or buffers themselves, by name."
-    holds = lambda m: any(v is not None for v in (*m._parameters.values(), *m._buffers.values()))
+    "The convolutions, and all layers that hold parameters or buffers themselves, by name."
+    tensors = lambda m: (*m._parameters.values(), *m._buffers.values())
+    holds = lambda m: isinstance(m, _ConvNd) or any(v is not None for v in tensors(m))  # a convolution's may be computed
     return {name: m for name, m in net.named_modules() if holds(m)}
 
 
@@ -147,6 +148,8 @@ def check_network(net: nn.Module) -> None:
     for name, p in net.named_parameters(remove_duplicate=False):
         if is_lazy(p):
             raise BadInput(f"'{name}' has no shape yet (a lazy layer). Run one batch through the network first.")
+        if not p.requires_grad:
+            raise BadInput(f"'{name}' is frozen (requires_grad=False), but tasks would train it. Call net.requires_grad_(True) first.")
         if id(p) in known:
             raise BadInput(
                 f"'{known[id(p)]}' and '{name}' are one parameter, which is used twice. Make them two, with"
@@ -221,7 +224,7 @@ def plan_for(
         for name, p in net.named_parameters()
         if role in (None, roles[name.rpartition(".")[0]]) and not fits(head, name, net)
     )
-    sized = [] if not found else given_sizes(found, sizes) if sizes else within(found, budget, count("own"), count(None))
+    sized = given_sizes(found, sizes) if sizes else within(found, budget, count("own"), count(None))
     return Plan(head, roles, sized, (count("own") + sum(l.own for l in sized)) / count(None))
 
 
@@ -399,10 +402,12 @@ def make_head(self: FactorizedNetwork, classes: int) -> nn.Module:
 
 @patch
 def load_state_dict(self: FactorizedNetwork, state: dict, *args, **kwargs):
-    "Restore a state dict, adding the tasks that it holds first."
-    for t in range(len(self.tasks), tasks_in(state)):
-        name = bytes(state[f"tasks.{t}.name"].tolist()).decode()
-        self.add_task(name, int(state[f"tasks.{t}.classes"]))
+    "Restore a state dict, adding the tasks that it holds first. Raises `BadInput` where tasks of both have other names."
+    names = [bytes(state[f"tasks.{t}.name"].tolist()).decode(errors="replace") for t in range(tasks_in(state))]
+    if any(here != there for here, there in zip(self.names, names)):
+        raise BadInput(f"The state holds the tasks {', '.join(names)}, but the network has {', '.join(self.names)}.")
+    for t in range(len(self.tasks), len(names)):
+        self.add_task(names[t], int(state[f"tasks.{t}.classes"]))
     self.kept.clear()
     state = OrderedDict(state)
     state._metadata = self.state_dict()._metadata  # versions of layers, without which a normalization takes itself for an old one

@@ -46,7 +46,7 @@ class ProgNN(LifelongNetwork):
     def new_task(self, generator: torch.Generator) -> nn.Module:
         t = len(self.tasks)  # earlier columns
         adapters = [
-            nn.ModuleList(Adapter(cin, cin // (2 * (t + 1)), cout, k, generator) for _ in range(t))
+            nn.ModuleList(Adapter(cin, max(1, cin // (2 * (t + 1))), cout, k, generator) for _ in range(t))
             for cin, cout, k in self.arch.conv_shapes[1:]
         ]
         return Parts(

@@ -68,6 +68,7 @@ METHODS = {
         Method("DF-resnet18", "DF, ResNet-18", DFResNet18, beyond=True),
     )
 }
+_OF_THE_PACKAGE = frozenset(METHODS)  # names that nobody else may take
 
 
 def title_of(
@@ -157,6 +158,8 @@ def register(
             "A method's name is also the name of a folder, and is typed in lists: up to 64 letters, digits and"
             f" . _ - ( ), beginning with a letter or a digit, and not 'all', but it is {brief(name)}."
         )
+    if name in _OF_THE_PACKAGE:
+        raise BadInput(f"'{name}' is a method of this package. Choose another name.")
     twin = next((m for m in METHODS if m != name and simplify(m) == simplify(name)), None)
     if twin:
         raise BadInput(f"'{name}' would be taken for '{twin}', which is listed. Choose another name.")
