@@ -114,7 +114,7 @@ def test_mnist_shows_the_papers_errors(tmp_path, shared):
     papermill(out, *parameters, "methods", "STL", "eval_every", 5, notebook=notebook)
     with (tmp_path / "reports/mtl/mnist-heterogeneous/table.csv").open() as f:
         (row,) = csv.DictReader(f)
-    assert row["paper at 3% (%)"] == "0.99" and row["at 3%"] in ("within", "outside")
+    assert row["paper at 3% (%)"] == "0.99" and 0 < float(row["error at 3% (%)"].split(" ± ")[0]) < 50
 
 
 def test_every_listed_claim_and_number_has_its_row(shared):

@@ -146,14 +146,17 @@ def caption(
     if DATASETS[c.dataset].own:
         return f"{DATASETS[c.dataset].title}. {counted}, {c.epochs} epochs {per}{seed}."
     paper = TRAINING[DATASETS[c.dataset].architecture]
-    length = f"SHORT RUN: {c.short}" if c.short else f"the paper's schedule of {c.epochs} epochs {per}"
+    whole = f"the paper's schedule of {c.epochs} epochs {per}" if c.epochs == paper.epochs else f"{c.epochs} epochs {per} (paper: {paper.epochs})"
+    length = f"SHORT RUN: {c.short}" if c.short else whole
     few = "" if least >= paper.trials else f" (paper: {paper.trials})"
     scored = "" if c.together or c.score_every == 1 else f", scored every {c.score_every} epochs (paper: every one)"
+    other = "".join(f", {k} {v}" for k, v in c.stated.items() if k in LATER)
+    other += f", tasks drawn {c.schedule}" * (c.together and c.schedule != "uniform")
     title = DATASETS[c.dataset].title
     if c.together:  # one of the fractions is in the title; a table may have several
         fractions = dict.fromkeys(DATASETS[r.config.dataset].fraction for r in records)
         title = title.replace(f" {DATASETS[c.dataset].fraction} of", f" {', '.join(fractions)} of")
-    return f"{title}. {counted}{few}, {length}{scored}{seed}."
+    return f"{title}. {counted}{few}, {length}{scored}{other}{seed}."
 
 # %% ../../nbs/36_figures.ipynb #bc6e8c41
 def peak_table(records: Sequence[Record]) -> pd.DataFrame:  # a row for each method, values as text
@@ -175,7 +178,7 @@ def peak_table(records: Sequence[Record]) -> pd.DataFrame:  # a row for each met
             "at best validation (%)": cell(rs, "accuracy_at_best_valid", scale=100),
             "end of its task (%)": cell(rs, "end_of_task_accuracy", scale=100),
             "forgetting ratio": cell(rs, "forgetting_ratio", "{:.3f}"),
-            "of the end": cell(rs, "forgetting_ratio_of_end", "{:.3f}"),
+            "retained since the end of its task": cell(rs, "forgetting_ratio_of_end", "{:.3f}"),
             "backward transfer (points)": cell(rs, "backward_transfer", "{:+.1f}", 100),
             "epochs to 98% of peak": cell(rs, "convergence_epochs") + finely,
             "training (s)": cell(rs, "training_seconds", "{:.0f}", more="pretraining_seconds"),
@@ -398,7 +401,7 @@ def by_fraction(records: Sequence[Record]) -> dict[str, list[Record]]:  # fracti
 
 # %% ../../nbs/36_figures.ipynb #4fd88d66
 def error_table(records: Sequence[Record]) -> pd.DataFrame:  # a row for each method, values as text
-    "Table 1 or 2: test errors by fraction, the paper's, and whether the one's interval holds the other."
+    "Table 1 or 2: test errors by fraction, beside the paper's."
     rows: dict[str, dict[str, str]] = {}
     for fraction, group in by_fraction(records).items():
         data = DATASETS[group[0].config.dataset]
@@ -419,18 +422,16 @@ def error_table(records: Sequence[Record]) -> pd.DataFrame:  # a row for each me
                     fraction,
                 )
                 row[f"paper at {fraction} (%)"] = "" if np.isnan(paper) else f"{paper}"
-                known = not np.isnan(paper) and not np.isnan(half)
-                row[f"at {fraction}"] = (
-                    ("within" if abs(mean - paper) <= half else "outside") if known else ""
-                )
     return pd.DataFrame(rows).T.fillna("").rename_axis("model")
 
 # %% ../../nbs/36_figures.ipynb #04e211e4
 def cost_of_errors(records: Sequence[Record]) -> pd.DataFrame:  # a row for each method and fraction
-    "What a table of errors does not show: best epoch, last error, seconds; means over trials."
+    "What a table of errors does not show: best epoch, last error, seconds (training with that of the networks it starts from); means over trials."
     keys = ["valid_error", "last_test_error", "best_epoch", "training_seconds", "evaluation_seconds"]
+    more = {"training_seconds": "pretraining_seconds"}
+    of = lambda r, k: r.summary[k] + r.summary.get(more.get(k), 0)
     rows = [
-        (title_of(method), fraction, *(float(np.mean([r.summary[k] for r in rs])) for k in keys))
+        (title_of(method), fraction, *(float(np.mean([of(r, k) for r in rs])) for k in keys))
         for fraction, group in by_fraction(records).items()
         for method, rs in by_method(group).items()
     ]

@@ -226,6 +226,7 @@ def made_with(
         **{name: version(name) for name in ("torchvision", "fastai", "numpy", "safetensors")},
         python=platform.python_version(),
         machine=platform.machine(),
+        host=hashlib.sha256(platform.node().encode()).hexdigest()[:12],  # which computer, and not its name
         started=datetime.now(timezone.utc).isoformat(timespec="seconds"),
     )
 

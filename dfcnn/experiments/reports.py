@@ -95,9 +95,12 @@ def command_of(
     c = records[0].config
     data, methods = DATASETS[c.dataset], " ".join(dict.fromkeys(r.config.method for r in records))
     given = dict(methods=f'"{methods}"', epochs=c.epochs, trials=1 + max(r.config.trial for r in records), eval_every=c.eval_every)
+    given |= dict(seed=c.seed) if c.seed else {}
     if isinstance(data, MultiTask):
         fractions = " ".join(dict.fromkeys(DATASETS[r.config.dataset].fraction for r in records))
         given = dict(dataset=data.source, distribution=data.distribution, fractions=f'"{fractions}"') | given
+        given |= dict(draw=c.schedule) if c.schedule != "uniform" else {}
+        given |= dict(pools="independent") if c.dataset.endswith("-independent") else {}
         return "papermill nbs/mtl.ipynb out.ipynb " + " ".join(f"-p {k} {v}" for k, v in given.items())
     given = dict(dataset=c.dataset) | given | dict(score_every=c.score_every)
     given |= dict(tasks=c.tasks) if c.tasks < len(data.groups()) else {}

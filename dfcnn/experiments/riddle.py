@@ -20,7 +20,7 @@ from ..data.images import Images
 from ..data.tasks import DataSet, Task
 from ..methods.base import Dropout
 from ..methods.registry import METHODS, register, title_of
-from .configuration import TRAINING, RunConfig
+from .configuration import LATER, TRAINING, RunConfig
 from .figures import finish, panels, caption, target
 from .metrics import accuracy_by_epoch
 from .records import Record, load_record
@@ -233,9 +233,9 @@ def candidate_of(
 
 # %% ../../nbs/40_riddle.ipynb #fe7a7998
 def _as_released(records: Sequence[Record]) -> list[Record]:
-    "One record, for its caption: a data set's variant may not be listed where records are read."
+    "One record, for its caption: without the variant, which is the candidate's and may not be listed where records are read."
     config = records[0].config
-    return [replace(records[0], config=replace(config, dataset=config.dataset.partition("-")[0]))]
+    return [replace(records[0], config=replace(config, dataset=config.dataset.partition("-")[0], **LATER))]
 
 
 def riddle_caption(records: Sequence[Record]) -> str:  # of one length
