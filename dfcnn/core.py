@@ -16,6 +16,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Iterable
 
+import numpy as np
 import torch
 
 # %% auto #0
@@ -71,7 +72,7 @@ def check_number(
     whole: bool = True,  # must it be a whole number?
 ) -> int | float:
     "`value` as a number between `low` and `high`, or a `BadInput` that says what is expected."
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    number = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
     if number and low <= value <= high and (not whole or value == int(value)):
         return int(value) if whole else float(value)
     kind = "a whole number" if whole else "a number"
@@ -123,7 +124,7 @@ def pick_device(
     tf32: bool = False,  # let a GPU multiply with 10 bits of mantissa where it is faster
 ) -> torch.device:
     "The device that `name` asks for, checked to be there; float32 stays float32 on it, unless `tf32` says otherwise."
-    has_mps = torch.backends.mps.is_available()
+    name, has_mps = str(name), torch.backends.mps.is_available()
     there = ["auto", "cpu"] + (["cuda"] if torch.cuda.is_available() else []) + (["mps"] if has_mps else [])
     there += [f"cuda:{i}" for i in range(torch.cuda.device_count())]
     if name not in there:

@@ -314,7 +314,7 @@ class ImageLearner:
 def image_learner(
     tasks: OwnTasks,
     method: str | type[LifelongNetwork] = DFCNN,  # or its name, such as "STL-large"
-    epochs: int | None = None,  # per task, at most; None and below: the defaults of `FitSettings`
+    epochs: int | None = None,  # per task, at most; here and in the four lines below None is the default of `FitSettings`
     patience: int | None = None,
     lr: float | None = None,
     decay: float | None = None,
@@ -346,12 +346,16 @@ def fit(
     epochs: int | None = None,  # at most, of each task; None: as the settings say
 ) -> ImageLearner:
     "Learn the tasks that are not learned yet, one after the other."
-    if len(self.learned) == len(self.tasks):
+    if len(self.learned) == len(self.tasks) and not self.folder:  # with a folder the same lines may run again
         raise BadInput(f"All tasks are learned ({', '.join(self.names)}). Bring a new one by `add_task`.")
+    usual = self.settings
     if epochs is not None:
-        self.settings = replace(self.settings, epochs=epochs)
-    while len(self.learned) < len(self.tasks):
-        self.learn_next()
+        self.settings = replace(usual, epochs=epochs)
+    try:
+        while len(self.learned) < len(self.tasks):
+            self.learn_next()
+    finally:
+        self.settings = usual
     return self
 
 
@@ -359,6 +363,8 @@ def fit(
 def learner(self: ImageLearner, cbs: Sequence[Callback] = ()) -> TaskLearner:
     "The fastai Learner of the next task, on a copy of the network: for `lr_find`, say."
     task, s = len(self.learned), self.settings
+    if task == len(self.tasks):
+        raise BadInput("All tasks are learned: `learner` is for the next one.")
     none = Split(self.tasks[task].train.x[:0], self.tasks[task].train.y[:0])
     earlier = [Task(t.name, t.classes, none, none, none) for t in self.learned]  # their images are not needed
     return task_learner(
@@ -384,12 +390,16 @@ def learn_next(self: ImageLearner) -> None:
     keep = self.checkpoint(task)
     learn = self.learner(cbs + ([keep] if keep else []))
     history = train(learn).assign(task=task.name)
-    self.network = learn.model.eval()
+    before, self.network = self.network, learn.model.eval()
+    try:
+        correct = [self.count(t) for t in range(number + 1)]
+    except BaseException:
+        self.network = before
+        raise
     self.history = pd.concat([self.history, history], ignore_index=True)
     sizes = [len(s.y) for s in (task.train, task.valid, task.test)]
     trained = history[history.split == "train"]
-    self.learned.append(Learned(task.name, task.classes, sizes, len(trained), float(history.seconds.sum()), []))
-    self.learned[-1].correct = [self.count(t) for t in range(number + 1)]
+    self.learned.append(Learned(task.name, task.classes, sizes, len(trained), float(history.seconds.sum()), correct))
     self.report()
     if self.folder:
         self.export(self.folder)
@@ -398,11 +408,21 @@ def learn_next(self: ImageLearner) -> None:
 
 @patch
 @torch.no_grad()
+def logits(
+    self: ImageLearner,
+    x: torch.Tensor,  # images as the network sees them (n, channels, size, size)
+    task: int,  # its place
+) -> torch.Tensor:  # (n, classes), on the CPU
+    "What the network says of a task's images, a hundred at a time."
+    network = self.network.to(self.device).eval()
+    return torch.cat([network(some.to(self.device), task).cpu() for some in x.split(100)])
+
+
+@patch
 def outcomes(self: ImageLearner, task: int) -> torch.Tensor:  # True where a test image is classified correctly
     "The test images of a task, one by one."
     x, y = self.tasks[task].test
-    network = self.network.to(self.device).eval()
-    return torch.cat([network(part.to(self.device), task).argmax(1).cpu() for part in x.split(100)]) == y
+    return self.logits(x, task).argmax(1) == y
 
 
 @patch
@@ -442,7 +462,6 @@ def checkpoint(
 
 # %% ../nbs/50_vision.ipynb #21f8cfdd
 @patch
-@torch.no_grad()
 def predict(
     self: ImageLearner,
     image: Any,  # a path, a PIL image, an array or a tensor; or a list of them
@@ -455,16 +474,14 @@ def predict(
         raise BadInput(f"There are {len(images)} images and {len(names)} tasks. Give one task, or one for each image.")
     places = [self.index(name) for name in names] or [self.index(task)]
     x, results = [self.prepare(o) for o in images], [None] * len(images)
-    network = self.network.to(self.device).eval()
-    for t in sorted(set(places)):
-        of = [i for i in range(len(images)) if places[i] == t]
-        for i, p in zip(of, network(torch.stack([x[i] for i in of]).to(self.device), t).softmax(1).cpu() if of else ()):
+    for t in sorted(set(places)) if images else ():
+        of = [i for i, place in enumerate(places) if place == t]
+        for i, p in zip(of, self.logits(torch.stack([x[i] for i in of]), t).softmax(1)):
             results[i] = (self.learned[t].classes[int(p.argmax())], p.argmax(), p)
     return results[0] if one else results
 
 
 @patch
-@torch.no_grad()
 def get_preds(
     self: ImageLearner,
     task: str,  # name of a task that was learned
@@ -475,8 +492,7 @@ def get_preds(
     data = getattr(self.tasks[t], check_choice("split", split, ["train", "valid", "test"]))
     if not len(data.y):
         raise BadInput(f"There are no {split} images of '{task}' here: a model keeps its test images alone.")
-    network = self.network.to(self.device).eval()
-    return torch.cat([network(x.to(self.device), t).softmax(1).cpu() for x in data.x.split(100)]), data.y
+    return self.logits(data.x, t).softmax(1), data.y
 
 # %% ../nbs/50_vision.ipynb #3875f4c6
 def _grid(images: torch.Tensor, titles: Sequence[str], colors: Sequence[str], columns: int = 8) -> plt.Figure:
@@ -501,6 +517,8 @@ def show_batch(
     "Some images of a task, as they are given to training."
     known = find_name(task, self.names)
     data = getattr(self.tasks[known], check_choice("split", split, ["train", "valid", "test"]))
+    if not len(data.y):
+        raise BadInput(f"There are no {split} images of '{task}' here: a model keeps its test images alone.")
     some = torch.linspace(0, max(0, len(data.y) - 1), min(n, len(data.y))).round().long()
     titles = [self.tasks[known].classes[c] for c in data.y[some].tolist()]
     return _grid(self.prepare.pixels(data.x[some]), titles, ["black"] * len(titles))
@@ -638,6 +656,7 @@ def _build(about: dict[str, Any], folder: Path, device: torch.device, tfms: Sequ
 def go_on(self: ImageLearner) -> ImageLearner:
     "Take up what the folder holds of the same tasks with the same settings."
     there = load_learner(self.folder, str(self.device))
+    there.settings = replace(there.settings, epochs=self.settings.epochs)  # of tasks to come; `fit` may have been given others
     mine = [(t.name, t.classes, [len(s.y) for s in (t.train, t.valid, t.test)]) for t in self.tasks]
     theirs = [(t.name, t.classes, t.images) for t in there.learned]
     same = [getattr(there, k) == getattr(self, k) for k in ("method", "prepare", "settings")]
@@ -665,7 +684,7 @@ def add_task(
     if isinstance(source, (str, Path)):
         task = task_from_folder(source, self.prepare, shares, self.settings.seed)
     elif isinstance(source, Task):
-        task = source
+        task = self.check_prepared(source)
     elif name:
         (task,) = tasks_from_datasets({name: source}, shares=shares, seed=self.settings.seed, prepare=self.prepare)
     else:
@@ -676,18 +695,34 @@ def add_task(
     if task.name in self.names:
         raise BadInput(f"There is a task '{task.name}' already. Give the new one another `name`.")
     self.network.check_classes(len(self.learned), len(task.classes))
-    before, self.tasks = (self.tasks, self.settings), [*self.tasks, task]
+    before, self.tasks = self.tasks, [*self.tasks, task]
     try:
         return self.fit(epochs)
     except BaseException:
-        self.tasks, self.settings = before
+        if len(self.learned) < len(self.tasks):  # else it is learned, and only keeping it failed
+            self.tasks = before
         raise
+
+
+@patch
+def check_prepared(self: ImageLearner, task: Task) -> Task:
+    "`task`, if its images were scaled as this model's are; else a `BadInput`."
+    form = (self.prepare.channels, self.prepare.size, self.prepare.size)
+    for x, _ in (task.train, task.valid, task.test):
+        if tuple(x.shape[1:]) != form or not torch.allclose(self.prepare.scale(self.prepare.pixels(x)), x, atol=1e-4):
+            raise BadInput(
+                f"The images of task '{task.name}' were not prepared as this model's are. Give its folder, or make it by"
+                " `dfcnn.data.folders.task_from_folder(folder, learn.prepare)`."
+            )
+    return task
 
 # %% ../nbs/50_vision.ipynb #4ac5c9ff
 @patch
 def retention(self: ImageLearner) -> pd.DataFrame:
     "Accuracy of every task when it was learned and now, with 95% intervals over its test images."
-    rows, now = [], self.learned[-1].correct if self.learned else []
+    if not self.learned:
+        raise BadInput("No task is learned yet: call `fit()` first.")
+    rows, now = [], self.learned[-1].correct
     for t, task in enumerate(self.learned):
         n, was = task.images[2], task.correct[t]
         row = dict(task=task.name, images=n)

@@ -253,6 +253,32 @@ def test_no_network_names_the_other_ways(monkeypatch):
         load_images("cifar100")
 
 
+def test_a_download_that_broke_does_not_block_the_next(monkeypatch, tmp_path):
+    from torchvision.datasets import MNIST
+
+    def half(self):
+        Path(self.raw_folder).mkdir(parents=True)
+        raise OSError("the connection was closed")
+
+    monkeypatch.setattr(MNIST, "download", half)
+    for _ in range(2):
+        with pytest.raises(BadInput, match="could not be downloaded .*the connection was closed"):
+            load_images("mnist")
+    assert not (tmp_path / "cache/torchvision/MNIST").exists()
+
+
+def test_a_data_set_of_the_package_keeps_its_name():
+    from dataclasses import replace
+
+    from dfcnn.data.datasets import DATASETS, list_dataset
+
+    with pytest.raises(BadInput, match="'shapes' is a data set of this package"):
+        list_dataset(DATASETS["shapes"])
+    for title in ("one", "another"):
+        list_dataset(replace(DATASETS["shapes"], name="mine", title=title))
+    assert DATASETS.pop("mine").title == "another"
+
+
 def test_real_cifar100(shared):
     images = load_images("cifar100", shared / "data")
     assert len(images) == 20000 and images.classes == CIFAR100_CLASSES

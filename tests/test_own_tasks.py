@@ -16,9 +16,10 @@ import pandas as pd
 import pytest
 import torch
 from PIL import Image
+from conftest import picture
 
 from dfcnn.core import BadInput
-from dfcnn.data.folders import tasks_from_folder
+from dfcnn.data.folders import task_from_folder, tasks_from_datasets, tasks_from_folder
 from dfcnn.methods.registry import METHODS
 from dfcnn.vision import image_learner, load_learner
 
@@ -108,6 +109,100 @@ def test_every_method_learns_own_tasks_and_is_restored(method, photos, tmp_path)
 def test_a_method_that_starts_from_trained_networks_is_refused(photos):
     with pytest.raises(BadInput, match="TF .Distillation. starts from trained networks"):
         image_learner(tasks_from_folder(photos / "photos", size=16), "TF-distillation", device="cpu")
+
+
+def test_a_linked_folder_is_called_as_its_link(photos, tmp_path):
+    for name, there in (("left", "a/images"), ("right", "b/images")):
+        draw(tmp_path / there, "xy")
+        (tmp_path / "photos").mkdir(exist_ok=True)
+        (tmp_path / "photos" / name).symlink_to(tmp_path / there)
+    assert [t.name for t in tasks_from_folder(tmp_path / "photos", size=16)] == ["left", "right"]
+
+
+def test_what_is_left_out_is_said_and_what_would_be_is_refused(tmp_path, capsys):
+    draw(tmp_path / "photos/birds/train", "ab"), draw(tmp_path / "photos/birds/test", "ab")
+    for name in ("1.heic", "2.heic", "notes.txt", ".hidden"):
+        (tmp_path / "photos/birds/test/a" / name).write_text("no image")
+    tasks_from_folder(tmp_path / "photos", size=16)
+    assert "Left out, no images by their names: 2 .heic, 1 .txt." in capsys.readouterr().out
+    picture(tmp_path / "photos/birds/test/loose.png", (20, 16), (1, 2, 3))
+    with pytest.raises(BadInput, match="holds images itself, such as 'loose.png'"):
+        tasks_from_folder(tmp_path / "photos", size=16)
+
+
+def test_training_images_alone_are_divided(tmp_path):
+    draw(tmp_path / "photos/birds/train", "ab", n=20)
+    (task,) = tasks_from_folder(tmp_path / "photos", size=16)
+    assert [len(s.y) for s in (task.train, task.valid, task.test)] == [28, 4, 8]
+    for shares in (dict(train=0.2, valid=0.2, test=0.6), dict(train=0.05, valid=0.05, test=0.9)):
+        few = torch.rand(6, 3, 16, 16), torch.arange(6) % 2
+        (task,) = tasks_from_datasets({"few": few}, size=16, shares=shares)
+        assert [len(s.y) for s in (task.train, task.valid, task.test)] == [2, 2, 2]  # one of each class in each set
+
+
+def test_twelve_bits_in_sixteen_are_refused(tmp_path):
+    draw(tmp_path / "photos/cells", "ab")
+    for most, said in ((4095, "uses the lowest 12"), (65535, "")):
+        values = np.linspace(0, most, 320).reshape(16, 20).astype("uint16")
+        Image.fromarray(values).save(tmp_path / "photos/cells/a/0.png")
+        if said:
+            with pytest.raises(BadInput, match=said):
+                tasks_from_folder(tmp_path / "photos", size=16)
+        else:
+            tasks_from_folder(tmp_path / "photos", size=16)
+
+
+def test_labels_that_are_no_classes_are_refused():
+    x = torch.rand(6, 3, 16, 16)
+    for y, said in (([0.5] * 6, "is 0.5"), ([-1, 0] * 3, "image 0 is -1"), (["a", "b"] * 3, "is 'a'")):
+        with pytest.raises(BadInput, match=f"A label is the number of a class .*{said}"):
+            tasks_from_datasets({"few": [(a, b) for a, b in zip(x, y)]}, size=16)
+    with pytest.raises(BadInput, match="Unknown fit"):
+        tasks_from_datasets({"few": (x, torch.arange(6) % 2)}, size=16, fit="stretch")
+
+
+def test_the_same_lines_run_again(photos, tmp_path):
+    "With `fit(epochs)` too, after a task that was interrupted and after the end."
+    tasks = tasks_from_folder(photos / "photos", size=16)
+    learn = image_learner(tasks, device="cpu", folder=tmp_path / "model")
+    usual, learn.learn_next = learn.learn_next, lambda: usual() if not learn.learned else (_ for _ in ()).throw(KeyboardInterrupt)
+    with pytest.raises(KeyboardInterrupt):
+        learn.fit(epochs=1)
+    assert learn.settings.epochs == 40  # what was said of one call holds for it alone
+    for _ in range(2):
+        again = image_learner(tasks, device="cpu", folder=tmp_path / "model").fit(epochs=1)
+        assert [t.epochs for t in again.learned] == [1, 1]
+    with pytest.raises(BadInput, match="All tasks are learned"):
+        again.learner()
+
+
+def test_a_task_that_was_prepared_for_another_model_is_refused(photos):
+    learn = image_learner(tasks_from_folder(photos / "photos", size=16), "STL", epochs=1, device="cpu").fit()
+    (other,) = tasks_from_folder(photos / "later", size=16)
+    with pytest.raises(BadInput, match="were not prepared as this model's are"):
+        learn.add_task(other)
+    learn.add_task(task_from_folder(photos / "later/fruit", learn.prepare), epochs=1)
+    assert learn.names == ["birds", "tools", "fruit"]
+
+
+def test_a_model_that_cannot_be_kept_is_learned_all_the_same(photos, tmp_path, monkeypatch):
+    learn = image_learner(tasks_from_folder(photos / "photos", size=16), "STL", epochs=1, device="cpu", folder=tmp_path / "m").fit()
+
+    def full(*a):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(learn, "export", full)
+    with pytest.raises(OSError):
+        learn.add_task(photos / "later/fruit")
+    assert learn.names == [t.name for t in learn.learned] == ["birds", "tools", "fruit"]
+    assert len(learn.retention()) == 3
+
+
+def test_calls_before_their_time_are_refused(photos):
+    learn = image_learner(tasks_from_folder(photos / "photos", size=16)[:1], "STL", epochs=np.int64(1), device="cpu")
+    with pytest.raises(BadInput, match="No task is learned yet"):
+        learn.retention()
+    assert learn.fit().names == ["birds"]
 
 
 def test_lifelong_takes_a_folder(photos, tmp_path):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from ..core import check_choice, check_number, stream
+from ..core import BadInput, check_choice, check_number, stream
 from .binary import COUNTS, POOLS, multitask_dataset
 from .folders import own_data, read_folder
 from .images import Images, load_images
@@ -86,6 +86,7 @@ MULTITASK = [
     for pools in POOLS
 ]
 DATASETS: dict[str, DataSet] = {d.name: d for d in (*LIFELONG, *MULTITASK)}
+_OF_THE_PACKAGE = frozenset(DATASETS)  # names that nobody else may take
 
 # %% ../../nbs/09_datasets.ipynb #d56849e3
 def task_sequence(
@@ -108,8 +109,11 @@ def task_sequence(
 def list_dataset(
     dataset: DataSet,  # known by its name from here on
 ) -> DataSet:  # what is listed under that name
-    "List a data set in this process."
-    return DATASETS.setdefault(dataset.name, dataset)
+    "List a data set in this process, in the place of one of its name that you have listed before."
+    if dataset.name in _OF_THE_PACKAGE:
+        raise BadInput(f"'{dataset.name}' is a data set of this package. Choose another name.")
+    DATASETS[dataset.name] = dataset
+    return dataset
 
 
 def own_dataset(

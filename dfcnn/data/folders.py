@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import os
 import warnings
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
@@ -29,9 +30,9 @@ from .tasks import DataSet, Split, Task, show_tasks
 # %% auto #0
 __all__ = ['PHOTO_SUFFIXES', 'PARTS', 'WHOLE', 'EXPECTED', 'FITS', 'SHARES', 'OWN', 'FEW', 'UNEVEN', 'Photo', 'listing',
            'photos_of_class', 'photos_of_task', 'photos_in', 'eight_bits', 'to_square', 'read_photo', 'as_images',
-           'read_all', 'read_photos', 'read_folder', 'check_shares', 'divide', 'Preparation', 'as_pixels',
+           'read_all', 'left_out', 'read_photos', 'read_folder', 'check_shares', 'divide', 'Preparation', 'as_pixels',
            'check_file_exists', 'groups_of', 'OwnData', 'own_data', 'OwnTasks', 'tasks_from_images',
-           'tasks_from_folder', 'task_from_folder', 'items_of', 'parts_of', 'tasks_from_datasets']
+           'tasks_from_folder', 'task_from_folder', 'items_of', 'as_label', 'parts_of', 'tasks_from_datasets']
 
 # %% ../../nbs/05_folders.ipynb #0b69d2e9
 PHOTO_SUFFIXES = IMAGE_SUFFIXES | {".gif", ".tif", ".tiff"}
@@ -50,7 +51,7 @@ class Photo(NamedTuple):
 
 
 def listing(folder: Path) -> tuple[list[Path], list[Path]]:
-    "The folders in a folder, and the files that are images by their names; what begins with a dot is nobody's."
+    "The folders in a folder, and the files that are images by their names; hidden ones, whose names begin with a dot, are left out."
     try:
         with os.scandir(folder) as entries:
             there = sorted((e for e in entries if not e.name.startswith(".")), key=lambda e: e.name)
@@ -76,6 +77,7 @@ def photos_of_class(
 
 def photos_of_task(folder: str | Path) -> list[Photo]:
     "The images of one task, whose classes may be divided into train, valid and test."
+    name = Path(os.path.abspath(Path(folder).expanduser())).name  # as the user calls it, wherever a link leads
     folder = check_path("folder", folder)
     if not folder.is_dir():
         raise BadInput(f"'{folder}' is no folder. {EXPECTED}")
@@ -85,12 +87,19 @@ def photos_of_task(folder: str | Path) -> list[Photo]:
     parts = [PARTS.get(simplify(f.name)) for f in classes]
     if any(parts) and not all(parts):
         raise BadInput(f"'{folder}' holds folders of parts and of classes: {', '.join(f.name for f in classes)}. {EXPECTED}")
+    if set(parts) == {"train"}:  # nothing is set aside yet
+        parts = [WHOLE] * len(parts)
     if not any(parts):
         parts, classes = [WHOLE], [folder]
-    photos = [p for part, of in zip(parts, classes) for cls in listing(of)[0] for p in photos_of_class(folder.name, part, cls)]
+    photos = []
+    for part, of in zip(parts, classes):
+        folders, files = listing(of)
+        if files:
+            raise BadInput(f"'{of}' holds images itself, such as '{files[0].name}', and should hold a folder for each class. {EXPECTED}")
+        photos += [p for cls in folders for p in photos_of_class(name, part, cls)]
     labels = sorted({p.label for p in photos})
     if len(labels) < 2:
-        raise BadInput(f"Task '{folder.name}' has {len(labels)} classes ({', '.join(labels)}), and to tell them apart there must be two. {EXPECTED}")
+        raise BadInput(f"Task '{name}' has {len(labels)} classes ({', '.join(labels)}), and to tell them apart there must be two. {EXPECTED}")
     return photos
 
 
@@ -118,7 +127,11 @@ def eight_bits(
 ) -> Image.Image:
     "An image as RGB: transparent places white, 16 bits as 8; formats of numbers without a range are refused."
     if im.mode.startswith("I;16"):
-        im = Image.fromarray((np.asarray(im) >> 8).astype("uint8"))
+        values = np.asarray(im)
+        if 0 < values.max() < 1 << 12:  # of a microscope with 12 bits, say
+            bits = int(values.max()).bit_length()
+            raise BadInput(f"Image '{name}' has 16 bits for each value and uses the lowest {bits}: as 8 bits it would be nearly black. Convert it to 8 bits.")
+        im = Image.fromarray((values >> 8).astype("uint8"))
     if im.mode[0] in "IF":
         raise BadInput(f"Image '{name}' holds numbers without a range (mode {im.mode}). Convert it to 8 bits.")
     if im.mode in ("RGBA", "LA", "PA") or "transparency" in im.info:
@@ -168,6 +181,8 @@ def as_images(
     channels: int | None = None,  # None: one where no image has any color
 ) -> Images:
     "Pixels and what they show as `Images`, with classes called 'task/class'."
+    if channels not in (None, 1, 3) or isinstance(channels, bool):
+        raise BadInput(f"Parameter 'channels' must be 1 (grey), 3 (color) or None, but it is {brief(channels)}.")
     x = torch.as_tensor(x)
     if x.shape[1] == 3 and channels != 3 and all(bool((c[:, :1] == c).all()) for c in x.split(256)):
         x = x[:, :1].contiguous()
@@ -198,11 +213,18 @@ def read_all(photos: Sequence[Photo], size: int, fit: str) -> np.ndarray:  # uin
             list(pool.map(read, range(start, min(start + 256, len(photos)))))
             bar.update(min(start + 256, len(photos)))
     if wrong:
-        more = f" So it is with {len(wrong) - 3} more." if len(wrong) > 3 else ""
+        more = f" {len(wrong) - 3} more images cannot be read either." if len(wrong) > 3 else ""
         raise BadInput(" ".join(sorted(wrong)[:3]) + more)
     return x
 
 # %% ../../nbs/05_folders.ipynb #40c5fac4
+def left_out(photos: Sequence[Photo]) -> str:  # "" where nothing is
+    "One sentence about the files beside the images that are none by their names."
+    beside = [f for d in {p.path.parent for p in photos} for f in d.iterdir() if f.is_file() and not f.name.startswith(".")]
+    kinds = Counter(f.suffix.lower() or f.name for f in beside if f.suffix.lower() not in PHOTO_SUFFIXES)
+    return f"Left out, no images by their names: {', '.join(f'{n} {kind}' for kind, n in sorted(kinds.items()))}." if kinds else ""
+
+
 def read_photos(
     photos: Sequence[Photo],
     size: int = 64,  # height and width that all images are brought to
@@ -218,6 +240,8 @@ def read_photos(
         except OSError as e:
             raise BadInput(f"Image '{p.path}' cannot be read ({e}). Replace it or take it away.") from e
         h.update(os.fsencode(p.path) + f"/{p[:3]}/{stat.st_size}/{stat.st_mtime_ns}".encode())
+    if said := left_out(photos):
+        print(said)
     key = f"folders-{h.hexdigest()[:16]}"
     return cached(key, lambda: as_images([p[:3] for p in photos], read_all(photos, size, fit), channels))
 
@@ -255,10 +279,10 @@ def divide(
     there = {part: images.of(part, label) for part in images.parts}
     there = {part: of[torch.randperm(len(of), generator=generator)] for part, of in there.items() if len(of)}
     number = lambda of, *of_all: max(1, round(len(of) * of_all[0] / sum(of_all)))
-    if WHOLE in there:
-        whole = there[WHOLE]
-        test, valid = number(whole, shares["test"], 1 - shares["test"]), number(whole, shares["valid"], 1 - shares["valid"])
-        there = dict(zip(("test", "valid", "train"), whole.split([test, valid, len(whole) - test - valid]) if len(whole) > 2 else ()))
+    if (n := len(whole := there.get(WHOLE, ()))) > 2:  # at least one image in each set
+        test = min(max(1, round(n * shares["test"])), n - 2)
+        valid = min(max(1, round(n * shares["valid"])), n - 1 - test)
+        there = dict(zip(("test", "valid", "train"), whole.split([test, valid, n - test - valid])))
     elif "valid" not in there and "train" in there:
         n = number(there["train"], shares["valid"], shares["train"])
         there |= dict(valid=there["train"][:n], train=there["train"][n:])
@@ -411,6 +435,7 @@ def own_data(
     fit: str = "crop",
 ) -> OwnData:
     "A data set of these images, named by what is in it."
+    fit = check_choice("fit", fit, FITS)
     groups, (channels, size) = groups_of(images.classes), images.x.shape[1:3]
     arch = f"own-{channels}x{size}-{max(len(c) for _, c in groups)}"  # see `architecture_called`
     title = f"Own images ({', '.join(name for name, _ in groups)})"
@@ -427,6 +452,10 @@ class OwnTasks(list):
     def __init__(self, tasks: Iterable[Task], prepare: Preparation, fingerprint: str):
         super().__init__(tasks)
         self.prepare, self.fingerprint = prepare, fingerprint  # checksum of images, names and parts
+
+    def __getitem__(self, i):
+        found = super().__getitem__(i)
+        return OwnTasks(found, self.prepare, self.fingerprint) if isinstance(i, slice) else found
 
     def table(self) -> pd.DataFrame:
         "Images of every class in each set."
@@ -480,7 +509,7 @@ def tasks_from_folder(
     channels: int | None = None,  # 1: grey, 3: color; None: grey where no image has any color
 ) -> OwnTasks:
     "The tasks of a folder, one for each folder in it."
-    shares = check_shares(shares or SHARES)
+    shares, fit = check_shares(shares or SHARES), check_choice("fit", fit, FITS)
     return tasks_from_images(read_folder(root, size, fit, channels), shares, seed, fit)
 
 
@@ -512,8 +541,19 @@ def items_of(
     for i in range(len(pairs)):
         image, label = pairs[i]
         x[i] = as_pixels(image, size, fit)
-        y.append(int(label))
+        y.append(as_label(label, i))
     return x, y
+
+
+def as_label(label: Any, i: int) -> int:  # `i`: the place of its image, for the refusal
+    "The number of a class."
+    try:
+        number = float(label)
+    except (TypeError, ValueError, RuntimeError):
+        number = -1.0
+    if number < 0 or not number.is_integer():
+        raise BadInput(f"A label is the number of a class (0, 1, ...), but that of image {i} is {brief(label)}.")
+    return int(number)
 
 
 def parts_of(source: Any) -> tuple[dict[str, Any], Sequence[str] | None]:  # part -> data set; names of classes
@@ -524,6 +564,8 @@ def parts_of(source: Any) -> tuple[dict[str, Any], Sequence[str] | None]:  # par
     if strange := [k for k in parts if k != WHOLE and k not in SHARES]:
         raise BadInput(f"A task's parts are {', '.join(SHARES)}, but one is called {brief(strange[0])}.")
     first = next(iter(parts.values()), None)
+    if set(parts) == {"train"}:  # nothing is set aside yet
+        parts = {WHOLE: first}
     return parts, getattr(first, "classes", None)
 
 
@@ -541,7 +583,7 @@ def tasks_from_datasets(
         raise BadInput(f"Tasks are given as a dict of names and data, but this is {brief(sources)}.")
     if prepare:
         size, fit, channels = prepare.size, prepare.fit, prepare.channels
-    size, rows, pixels = check_number("size", size, 8, 512), [], []
+    size, fit, rows, pixels = check_number("size", size, 8, 512), check_choice("fit", fit, FITS), [], []
     for name, source in sources.items():
         if not str(name) or "/" in str(name):
             raise BadInput(f"A task's name is text without '/', but one is {brief(name)}.")
@@ -550,6 +592,8 @@ def tasks_from_datasets(
         labels = sorted({label for _, y in read.values() for label in y})
         if len(labels) < 2:
             raise BadInput(f"Task '{name}' has {len(labels)} classes, and to tell them apart there must be two.")
+        if classes is not None and labels[-1] >= len(classes):
+            raise BadInput(f"Task '{name}' has the label {labels[-1]}, but only {len(classes)} classes are named.")
         named = lambda label: str(classes[label]) if classes is not None else str(label)
         rows += [(name, part, named(label)) for label in labels for part, (_, y) in read.items() for l in y if l == label]
         pixels += [x[np.array(y) == label] for label in labels for x, y in read.values()]

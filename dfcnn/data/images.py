@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain, count, islice
 from pathlib import Path, PurePosixPath
+from tempfile import TemporaryDirectory
 from typing import Callable, Iterable, Iterator
 
 import numpy as np
@@ -496,7 +497,7 @@ def read_torchvision(
         if download:
             raise
         raise BadInput(
-            f"'{root}' holds a damaged {layout.title} ({type(e).__name__}: {e}). Remove it, or: {layout.how_to_get}"
+            f"'{root}' holds a damaged {layout.title} ({type(e).__name__}: {e}). Remove the folder '{root / layout.torchvision[1]}', or: {layout.how_to_get}"
         ) from e
     if [c.partition(" ")[0] for c in halves[0].classes] != list(layout.classes):  # MNIST's are "0 - zero"
         raise BadInput(f"'{root}' lists other classes than {layout.title}. {layout.how_to_get}")
@@ -791,8 +792,12 @@ def load_images(
         kind, where = "torchvision", cache_dir() / "torchvision"
         with network(layout):
             where.mkdir(parents=True, exist_ok=True)
-            if not (where / layout.torchvision[1]).is_dir():
-                read_torchvision(layout, where, download=True)
+            kept = where / layout.torchvision[1]
+            with FileLock(where / f"{name}.lock"):
+                if not kept.is_dir():
+                    with TemporaryDirectory(dir=where) as new:  # moved into place when all of it is there
+                        read_torchvision(layout, Path(new), download=True)
+                        os.replace(Path(new) / layout.torchvision[1], kept)
     else:
         folder = cache_dir() / "office-home-parquet"
         with network(layout, folder):

@@ -34,7 +34,7 @@ OUTLINES = {  # angle -> radius, about 1
     "gear": lambda a: 0.9 + 0.18 * np.sign(np.cos(9 * a)),
     "trefoil": lambda a: 0.75 + 0.4 * np.cos(3 * a),
     "drop": lambda a: 1.25 * (1 - 0.75 * np.abs(np.sin(a / 2 + np.pi / 4)) ** 0.7),
-    "ring": lambda a: 1.05 + 0 * a,  # the last three, one of them with a hole, are for the 65 classes only
+    "ring": lambda a: 1.05 + 0 * a,  # the last three, two of them with a hole, are for the 65 classes only
     "frame": lambda a: 1.2 * _polygon(4, a),
     "bow": lambda a: 0.35 + 0.8 * np.abs(np.cos(a)),
 }

@@ -24,7 +24,7 @@ __all__ = ['CIFAR100_HALVES', 'OFFICEHOME_GROUPS', 'Split', 'Task', 'cifar100_gr
 class Split(NamedTuple):
     "One of a task's three sets."
 
-    x: torch.Tensor  # images as the network sees them, float32 (n, 3, height, width)
+    x: torch.Tensor  # images as the network sees them, float32 (n, channels, height, width)
     y: torch.Tensor  # labels within the task, int64 (n,)
 
 
