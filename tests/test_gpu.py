@@ -10,7 +10,8 @@ import torch
 from dfcnn.core import pick_device
 from dfcnn.data.tasks import Split, Task
 from dfcnn.methods.registry import build_network
-from dfcnn.training.learner import Callback, lifelong_learner, train
+from dfcnn.testing import precision
+from dfcnn.training.learner import Callback, lifelong_learner, task_learner, train
 from dfcnn.training.stacking import FastEpochs, StackedTrainer, train_together
 from dfcnn.experiments.studies import lifelong_study
 
@@ -27,10 +28,10 @@ def noise(trial: int) -> list[Task]:
     ]
 
 
-def learner(method: str, trial: int = 0, device: str = "cuda", dropout: float = 0.5, epochs: int = 1, cbs=()):
+def learner(method: str, trial: int = 0, device: str = "cuda", dropout: float = 0.5, epochs: int = 1, cbs=(), decay: float = 2.5e-4):
     network = build_network(method, "cifar100", seed=trial, length=2)
     network.arch = replace(network.arch, dropout=dropout)
-    hyper = dict(epochs=epochs, lr=1e-4, decay=2.5e-4, batch_size=10, seed=trial)
+    hyper = dict(epochs=epochs, lr=1e-4, decay=decay, batch_size=10, seed=trial)
     return lifelong_learner(network, noise(trial), **hyper, device=pick_device(device), cbs=list(cbs))
 
 
@@ -56,6 +57,31 @@ def test_captured_steps_are_those_of_the_learner(method, monkeypatch):
     assert len(replays) == 2 * (6 - 3), "all but the first three steps of a task are replayed"
     assert (a.loss - b.loss).abs().max() < 1e-2
     agree(by_batch, captured, method)
+
+
+def as_steps_without_a_graph(make, monkeypatch) -> None:
+    "What is captured and replayed gives the weights of the same steps, taken one by one."
+    with precision(torch.float64):
+        captured, stepped = make(), make()
+        train_together([captured])
+        monkeypatch.setattr(StackedTrainer, "replay", StackedTrainer.step)  # the same draws
+        train_together([stepped])
+    for (k, a), b in zip(captured.model.named_parameters(), stepped.model.parameters()):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-9, msg=k)
+
+
+def test_a_graph_serves_all_epochs_of_a_task(monkeypatch):
+    "Learning rate, images and dropout masks are those of the epoch in which it is replayed; the rate falls to a third."
+    as_steps_without_a_graph(lambda: learner("DF-CNN", epochs=3, decay=1.0), monkeypatch)
+
+
+def test_graphs_of_tasks_that_take_turns(monkeypatch):
+    def make():
+        network = build_network("DF-CNN", "cifar100", length=2)
+        hyper = dict(lr=1e-4, decay=1.0, batch_size=10, together=True)
+        return task_learner(network, noise(0), [0, 1, 0, 0, 1], **hyper, device=pick_device("cuda"))
+
+    as_steps_without_a_graph(make, monkeypatch)
 
 
 @pytest.mark.parametrize("method", METHODS)

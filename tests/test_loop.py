@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache, partial
 
 import pytest
@@ -94,6 +95,25 @@ class OtherState(Callback):
         self.opt.opt.state.clear()
 
 
+class OtherBatchSize(Callback):
+    "From the second epoch on."
+
+    def before_epoch(self):
+        if self.epoch:
+            self.dls.train.batch_size = 10
+
+
+class Masked(HPS):
+    "Each trial looks at other pixels: what a network draws is a buffer, as torch's own layers do it."
+
+    def __init__(self, arch, seed=0):
+        super().__init__(arch, seed)
+        self.register_buffer("mask", torch.rand(arch.input, generator=torch.Generator().manual_seed(seed)).round())
+
+    def forward(self, x, task):
+        return super().forward(x * self.mask, task)
+
+
 class OwnStep(TaskLearner):
     def _step(self):
         self.opt.set_hypers(lr=1e-4)
@@ -136,6 +156,7 @@ SETTINGS = {  # name: settings, callbacks, what is done to the Learner, whether 
     "eps": (dict(opt_func=rmsprop(eps=0.1)), [], None, True),
     "setting of the optimizer": ({}, [], halve_decay, True),
     "rate in a callback": ({}, [HalfTheRate], None, True),
+    "batch size in a callback": ({}, [OtherBatchSize], None, True),
     "frozen parameter": ({}, [Freeze], None, False),
     "loaded state": ({}, [OtherState], None, True),
     "GradientClip": ({}, [lambda: GradientClip(0.01)], None, False),
@@ -212,6 +233,26 @@ def test_without_a_setting_all_paths_agree(double_precision):
     assert all(same(results[0], r) for r in results)
 
 
+def test_stacked_trials_have_buffers_of_their_own(double_precision):
+    alone, company = ([learner(t, network=Masked(TOY, t)) for t in range(2)] for _ in range(2))
+    for l in alone:
+        train(l)
+    train_together(company)
+    assert not torch.equal(company[0].model.mask, company[1].model.mask)
+    for a, b in zip(alone, company):
+        assert same(weights(a), weights(b)) and torch.equal(a.model.mask, b.model.mask)
+        assert a.evaluate.history.accuracy.equals(b.evaluate.history.accuracy)
+
+
+def test_hooks_are_not_captured():
+    "A graph would replay what they did once: on a GPU such a network goes by batch."
+    learn = learner()
+    hook(learn)
+    assert by_batch(learn) == ""
+    learn.dls.device = torch.device("cuda")
+    assert by_batch(learn) == "its hooks would be captured once and not be called again"
+
+
 def test_dropout_elsewhere_goes_by_batch():
     learners = [learner(network=MoreDropout(TOY)) for _ in range(2)]
     assert "dropout elsewhere" in by_batch(learners[0])
@@ -225,6 +266,34 @@ def test_the_reason_is_said_once(capsys):
         train_together([learner(cbs=[lambda: GradientClip(1.0)])])
     said = [line for line in capsys.readouterr().out.splitlines() if "batch by batch" in line]
     assert said == ["DFCNN is trained batch by batch, since Recorder, GradientClip look at single batches."]
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (lambda s: s._replace(y=s.y[:-1]), r"has 21 images and 20 labels in 'train'"),
+        (lambda s: s._replace(y=s.y + 1), r"has labels from 1 to \d+ in 'train', but \d+ classes"),
+        (lambda s: s._replace(y=s.y - 1), r"has labels from -1 to \d+ in 'train'"),
+    ],
+)
+def test_images_and_labels_that_do_not_belong_together_are_refused(change, said):
+    task = tasks_of(0, 1)[0]
+    task = replace(task, train=change(task.train))
+    with pytest.raises(BadInput, match=said):
+        lifelong_learner(DFCNN(TOY, sizes=TOY_SIZES), [task], epochs=1, lr=1e-3, decay=1e-2, batch_size=5)
+
+
+def test_intervals_of_nothing_are_refused():
+    for what in ("eval_every", "score_every", "batch_size"):
+        with pytest.raises(BadInput, match=f"Parameter '{what}' must be a whole number of at least 1"):
+            hyper = dict(epochs=1, lr=1e-3, decay=1e-2, batch_size=5) | {what: 0}
+            lifelong_learner(DFCNN(TOY, sizes=TOY_SIZES), tasks_of(0, 1), **hyper)
+
+
+def test_a_closure_is_refused():
+    p = torch.nn.Parameter(torch.ones(1))
+    with pytest.raises(NotImplementedError, match="takes no closure"):
+        RMSProp([p], lr=0.1).step(lambda: p.sum())
 
 
 REFUSED = {
@@ -271,6 +340,32 @@ def test_an_error_in_one_leaves_the_others_going(double_precision):
     company[1].remove_cb(Stumble)
     train_together(company)  # the one that is left goes on
     assert same(weights(alone[1]), weights(company[1]))
+    tables = [l.evaluate.history.drop(columns=["seconds", "loss"]) for l in (alone[1], company[1])]
+    assert tables[0].equals(tables[1]), "an epoch that was broken off and begins again has its rows once"
+
+
+@pytest.mark.parametrize("event", ["before_train", "after_train"])
+def test_a_first_epoch_that_is_broken_off_has_its_rows_once(event):
+    whole, broken = learner(), learner(cbs=[lambda: First(event)])
+    train(whole)
+    with pytest.raises(ValueError):
+        broken.fit()
+    broken.fit()
+    rows = broken.evaluate.history[["epoch", "task_epoch", "trained", "evaluated", "split"]]
+    assert rows.equals(whole.evaluate.history[rows.columns])
+
+
+class First(Callback):
+    "An error the first time."
+
+    def __init__(self, event):
+        self.times = 0
+        setattr(self, event, self.stumble)
+
+    def stumble(self):
+        self.times += 1
+        if self.times == 1:
+            raise ValueError("stumbled")
 
 
 def test_an_error_in_the_steps_is_raised(monkeypatch):
@@ -454,6 +549,7 @@ def test_validate_and_predict():
     *_, decoded, losses = learn.get_preds(with_decoded=True, with_loss=True)
     assert losses.mean().item() == pytest.approx(known.loss) and (decoded == y).double().mean() == pytest.approx(known.accuracy)
     assert len(learn.get_preds(0)[1]) == 21, "all training images"
+    assert learn.validate(0) == learn.validate(0), "in the data's order, none left out"
     assert len(learner().validate()) == 1
     assert len(learn.evaluate.history) == history and torch.equal(weights(learn), before) and learn.task == 1
     learn.fit()

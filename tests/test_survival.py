@@ -120,7 +120,7 @@ lifelong_study(methods="STL HPS", tasks=2, epochs=200, output_dir={str(tmp_path)
         time.sleep(0.1)
     process.kill()
     process.wait()
-    time.sleep(3)  # an epoch takes half of one
+    time.sleep(3)  # an epoch takes half a second
     for path in progress:
         with FileLock(path.with_name(".lock"), timeout=0):  # nobody works there any more
             assert not path.with_name("summary.json").exists()

@@ -120,7 +120,8 @@ def restore(
 class Checkpoint(FitCallback):
     """Keep the last two checkpoints; begin where the last good one was taken.
 
-    One is taken every few minutes, at the end of a task that will not come again, and at the end of the run.
+    One is taken every few minutes, where tasks come one by one whenever the next epoch is another task's, and at the end of
+    every `fit`.
     """
 
     order = 60  # when the epoch has been scored

@@ -259,9 +259,10 @@ def note_training(
 # %% ../../nbs/23_evaluation.ipynb #fcda24a1
 @patch
 def before_epoch(self: Evaluate):
-    self.seen = 0  # of this epoch's images, whoever cancels what
+    self.seen, self.unread = 0, []  # of this epoch, whoever cancels what
     first = self.epoch == 0 if self.together else self.task_epoch == 0
-    if first:
+    now = self.epoch, 0, self.learn.task
+    if first and all(score[:3] != now for score in self.scores):  # else it was broken off, and begins again
         everything = range(len(self.eval_tasks)) if self.together else [self.learn.task]
         with torch.no_grad():
             self.evaluate(self.epoch, 0, everything)

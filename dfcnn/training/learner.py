@@ -15,7 +15,7 @@ import pandas as pd
 import torch
 from fastcore.all import L, patch
 
-from ..core import BadInput, keep_memory
+from ..core import BadInput, check_number, keep_memory
 from ..data.tasks import Task
 from ..methods.base import LifelongNetwork
 from .batches import SeedEpochs, TaskBatches, on_device
@@ -82,6 +82,8 @@ class TaskLearner(Learner):
             raise BadInput("The optimizer has no weight decay `wd`. Choose one by `opt_func`, such as fastai's Adam.")
         left = len(self.task_switch.schedule) - self.epochs_done
         n_epoch = left if n_epoch is None else n_epoch
+        if (device := self.model.n_tasks.device).type == "cuda":
+            torch.cuda.set_device(device)  # whose streams, events and graphs are meant from here on
         super().fit(self.epochs_done + n_epoch, lr, wd, cbs, reset_opt)
 
     def _do_fit(self):
@@ -139,6 +141,15 @@ def check_tasks(
                 f"{t.name} has images {tuple(t.train.x.shape[1:])}, but the network '{network.arch.name}' takes"
                 f" images {network.arch.input}."
             )
+        for split in ("train", "valid", "test"):
+            (x, y), n = getattr(t, split), len(t.classes)
+            if len(x) != len(y):
+                raise BadInput(f"{t.name} has {len(x)} images and {len(y)} labels in '{split}'. Give one label for each image.")
+            if len(y) and not 0 <= int(y.min()) <= int(y.max()) < n:
+                raise BadInput(
+                    f"{t.name} has labels from {int(y.min())} to {int(y.max())} in '{split}', but {n} classes: labels are"
+                    f" 0 to {n - 1}."
+                )
         network.check_classes(i, len(t.classes))
 
 # %% ../../nbs/24_learner.ipynb #33acf018
@@ -176,12 +187,12 @@ def task_learner(
     **learner,  # more settings of fastai's Learner: loss_func, opt_func, metrics, path, ...
 ) -> TaskLearner:  # `learn.evaluate.history` is the table of scores after `train(learn)`
     "A fastai Learner that learns `tasks` as the schedule says."
+    eval_every = None if eval_every is None else check_number("eval_every", eval_every, 1)
+    score_every, batch_size = check_number("score_every", score_every, 1), check_number("batch_size", batch_size, 1)
     check_tasks(network, tasks, schedule, together, batch_size)
     device = torch.device(device)
     if device.type == "cpu":
         keep_memory()
-    if device.type == "cuda" and device.index is not None:
-        torch.cuda.set_device(device)  # whose streams, events and graphs are meant from here on
     tasks = on_device(tasks, device)
     dls = DataLoaders(
         TaskBatches(tasks, "train", batch_size), TaskBatches(tasks, "valid", batch_size), device=device
@@ -279,7 +290,7 @@ def validate(
 ) -> L:
     "Loss and metrics on the validation images of the task in hand, or on the batches `dl`."
     with self.added_cbs([] if hasattr(self, "recorder") else [Recorder()]):
-        return Learner.validate(self, ds_idx, dl, cbs)
+        return Learner.validate(self, ds_idx, self.dls[ds_idx].new() if dl is None else dl, cbs)
 
 # %% ../../nbs/24_learner.ipynb #92c6853f
 @patch

@@ -93,6 +93,8 @@ class RMSProp(Optimizer):
 
     def step(self, closure=None) -> None:
         "One update of every parameter that has a gradient."
+        if closure is not None:
+            raise NotImplementedError("RMSProp takes no closure: compute the gradients, then call step().")
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
             if params:
