@@ -52,14 +52,15 @@ from dfcnn.experiments.metrics import (
 from .records import Record, load_records
 
 # %% auto #0
-__all__ = ['WIDE', 'NONE', 'LEANS', 'NOT_RUN', 'PEAK', 'PEAK_OF_SEEN', 'SLOPE', 'MOST_CHANGED', 'EARLY_LOSS', 'LATE_CHANGE',
-           'FIRST_KEPT', 'BACKWARD', 'LATE_GAIN', 'KEPT', 'SPEED', 'PEAK_AT', 'SECONDS', 'ERROR', 'POINTS', 'NOTHING',
-           'FIFTH', 'C', 'O', 'OTHERS', 'SIZED', 'DFS', 'MNIST', 'CIFAR', 'less', 'more', 'no_better', 'TIME',
-           'PRINTED', 'WORDS', 'ON_CIFAR100', 'ON_HOME', 'OF_TASKS_TOGETHER', 'SHOWN', 'Rule', 'above', 'below',
-           'within', 'studies', 'variant', 'once', 'Metric', 'schedule_of', 'effect', 'doubts', 'Evidence', 'single',
-           'difference', 'ratio', 'Counted', 'peak_of', 'kept_after', 'Claim', 'accuracy_claims', 'forgetting_claims',
-           'transfer_claims', 'cost_claims', 'home_claims', 'of_table', 'against', 'multitask_claims', 'claims',
-           'findings', 'command', 'scorecard', 'target_table', 'Shown', 'SideBySide', 'side_by_side']
+__all__ = ['WIDE', 'NONE', 'APART', 'LEANS', 'NOT_RUN', 'PEAK', 'PEAK_OF_SEEN', 'SLOPE', 'MOST_CHANGED', 'EARLY_LOSS',
+           'LATE_CHANGE', 'FIRST_KEPT', 'BACKWARD', 'LATE_GAIN', 'KEPT', 'SPEED', 'PEAK_AT', 'SECONDS', 'ERROR',
+           'POINTS', 'NOTHING', 'FIFTH', 'C', 'O', 'OTHERS', 'SIZED', 'DFS', 'MNIST', 'CIFAR', 'less', 'more',
+           'no_better', 'TIME', 'PRINTED', 'WORDS', 'ON_CIFAR100', 'ON_HOME', 'OF_TASKS_TOGETHER', 'SHOWN', 'Rule',
+           'above', 'below', 'within', 'studies', 'variant', 'once', 'Metric', 'schedule_of', 'effect', 'doubts',
+           'Evidence', 'single', 'difference', 'ratio', 'Counted', 'peak_of', 'kept_after', 'Claim', 'accuracy_claims',
+           'forgetting_claims', 'transfer_claims', 'cost_claims', 'home_claims', 'of_table', 'against',
+           'multitask_claims', 'claims', 'findings', 'command', 'scorecard', 'target_table', 'Shown', 'SideBySide',
+           'side_by_side']
 
 # %% ../../nbs/38_verdicts.ipynb #9f659e1d
 @dataclass(frozen=True)
@@ -185,6 +186,7 @@ def doubts(values: Sequence[float], study: Sequence[Record]) -> list[str]:
 
 # %% ../../nbs/38_verdicts.ipynb #ee745d5d
 WIDE, NONE = "the interval reaches over the bound", "no trial has it"
+APART = "no trial whose records say that both runs were made on one computer"
 LEANS = {"reproduced": "as claimed", "contradicted": "otherwise", "undecided": "to neither side"}  # the mean, if it were known exactly
 NOT_RUN = dict(
     mean=np.nan,
@@ -270,7 +272,7 @@ def find(
         why = (
             f"no record on {data}"
             if not there
-            else f"no record of {', '.join(missing)}" if missing else NONE
+            else f"no record of {', '.join(missing)}" if missing else APART if self.one_machine else NONE
         )
         return row | dict(NOT_RUN, because=why)
     why = doubts(values, study)
