@@ -568,7 +568,7 @@ def parts_of(source: Any) -> tuple[dict[str, Any], Sequence[str] | None]:  # par
         parts = {WHOLE: first}
     return parts, getattr(first, "classes", None)
 
-
+# %% ../../nbs/05_folders.ipynb #40e72af6
 def tasks_from_datasets(
     sources: dict[str, Any],  # name of each task -> DataLoaders, Dataset, dict of Datasets, or (images, labels)
     size: int = 64,  # height and width that all images are brought to
