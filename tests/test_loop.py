@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import cache, partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,11 +14,12 @@ from dfcnn.core import BadInput
 from dfcnn.data.tasks import Task
 from dfcnn.methods.base import Dropout
 from dfcnn.methods.deconvolutional import DFCNN
+from dfcnn.methods.expandable import GrowthStages
 from dfcnn.methods.sharing import HPS
 from dfcnn.testing import TOY, TOY_SIZES, noise_tasks, precision
 from dfcnn.training.checkpoint import Checkpoint
 from dfcnn.training.learner import Callback, TaskLearner, lifelong_learner, train
-from dfcnn.training.optimizer import RMSProp
+from dfcnn.training.optimizer import RMSProp, sum_cross_entropy
 from dfcnn.training.stacking import FastEpochs, StackedTrainer, by_batch, say_once, train_together
 from fastai.callback.core import (
     CancelBatchException,
@@ -290,9 +292,18 @@ def test_intervals_of_nothing_are_refused():
             lifelong_learner(DFCNN(TOY, sizes=TOY_SIZES), tasks_of(0, 1), **hyper)
 
 
+@pytest.mark.parametrize(
+    "loss, images",
+    [(sum_cross_entropy, 5), (torch.nn.CrossEntropyLoss(reduction="sum"), 5), (F.cross_entropy, 1), (torch.nn.CrossEntropyLoss(), 1)],
+)
+def test_den_weighs_its_penalties_by_the_loss(loss, images):
+    stages = SimpleNamespace(pred=torch.zeros(5, 2), learn=SimpleNamespace(loss_func=loss))
+    assert GrowthStages.images_in_loss(stages) == images
+
+
 def test_a_closure_is_refused():
     p = torch.nn.Parameter(torch.ones(1))
-    with pytest.raises(NotImplementedError, match="takes no closure"):
+    with pytest.raises(BadInput, match="takes no closure"):
         RMSProp([p], lr=0.1).step(lambda: p.sum())
 
 

@@ -198,6 +198,13 @@ def test_a_model_that_cannot_be_kept_is_learned_all_the_same(photos, tmp_path, m
     assert len(learn.retention()) == 3
 
 
+def test_a_folder_that_is_no_path_is_refused(photos):
+    learn = image_learner(tasks_from_folder(photos / "photos", size=16), "STL", epochs=1, device="cpu").fit()
+    for folder in ("~nosuch/x", "a\0b", ""):
+        with pytest.raises(BadInput, match="Parameter 'folder' must be a path"):
+            learn.add_task(folder)
+
+
 def test_calls_before_their_time_are_refused(photos):
     learn = image_learner(tasks_from_folder(photos / "photos", size=16)[:1], "STL", epochs=np.int64(1), device="cpu")
     with pytest.raises(BadInput, match="No task is learned yet"):

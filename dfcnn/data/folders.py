@@ -77,8 +77,8 @@ def photos_of_class(
 
 def photos_of_task(folder: str | Path) -> list[Photo]:
     "The images of one task, whose classes may be divided into train, valid and test."
-    name = Path(os.path.abspath(Path(folder).expanduser())).name  # as the user calls it, wherever a link leads
-    folder = check_path("folder", folder)
+    given, folder = folder, check_path("folder", folder)
+    name = Path(os.path.abspath(Path(given).expanduser())).name  # as the user calls it, wherever a link leads
     if not folder.is_dir():
         raise BadInput(f"'{folder}' is no folder. {EXPECTED}")
     classes, files = listing(folder)

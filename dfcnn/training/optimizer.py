@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch.optim import Optimizer
 
-from ..core import check_choice
+from ..core import BadInput, check_choice
 
 # %% auto #0
 __all__ = ['sum_cross_entropy', 'gradient_scale', 'rmsprop_', 'RMSProp', 'inverse_time_decay']
@@ -94,7 +94,7 @@ class RMSProp(Optimizer):
     def step(self, closure=None) -> None:
         "One update of every parameter that has a gradient."
         if closure is not None:
-            raise NotImplementedError("RMSProp takes no closure: compute the gradients, then call step().")
+            raise BadInput("RMSProp takes no closure: compute the gradients, then call `step()`.")
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
             if params:
