@@ -15,6 +15,7 @@ from dfcnn.data.tasks import Task
 from dfcnn.methods.base import Dropout
 from dfcnn.methods.deconvolutional import DFCNN
 from dfcnn.methods.expandable import GrowthStages
+from dfcnn.methods.progressive import ProgNN
 from dfcnn.methods.sharing import HPS
 from dfcnn.testing import TOY, TOY_SIZES, noise_tasks, precision
 from dfcnn.training.checkpoint import Checkpoint
@@ -581,3 +582,12 @@ def test_a_run_obeys_its_callbacks(tmp_path):
     assert losses[0] != losses[1]
     with pytest.raises(BadInput, match="MixedPrecision does nothing on a CPU"):
         run(config, images, tmp_path / "refused", cbs=[MixedPrecision()])
+
+
+def test_a_progressive_network_has_room_for_any_number_of_tasks():
+    "8 channels shared out among the adapters of a fifth column would leave none to each; a task with as few learns all the same."
+    net = ProgNN(TOY)
+    for _ in range(6):
+        net.add_task()
+    net(torch.rand(2, *TOY.input), 5).sum().backward()
+    assert all(p.grad is not None and p.numel() for p in net.trains(5))
