@@ -60,7 +60,7 @@ __all__ = ['WIDE', 'NONE', 'APART', 'LEANS', 'NOT_RUN', 'PEAK', 'PEAK_OF_SEEN', 
            'Evidence', 'single', 'difference', 'ratio', 'Counted', 'peak_of', 'kept_after', 'Claim', 'accuracy_claims',
            'forgetting_claims', 'transfer_claims', 'cost_claims', 'home_claims', 'of_table', 'against',
            'multitask_claims', 'claims', 'findings', 'command', 'scorecard', 'target_table', 'Shown', 'SideBySide',
-           'side_by_side']
+           'side_by_side', 'by_settings']
 
 # %% ../../nbs/38_verdicts.ipynb #9f659e1d
 @dataclass(frozen=True)
@@ -997,3 +997,16 @@ def side_by_side(
             with writing(Path(output_dir) / file) as part:
                 getattr(side, what).to_csv(part, index=False, float_format="%.6g")
     return done
+
+# %% ../../nbs/38_verdicts.ipynb #c81f0a52
+def by_settings(
+    sides: dict[str, SideBySide],  # as `side_by_side` returns them
+) -> pd.DataFrame:  # a row for each claim that records with other settings say something of; columns in groups, one for each variant
+    "The scorecards of all variants, one beside the other."
+    cards = {name: side.scorecard.set_index("id") for name, side in sides.items()}
+    ids = [c.id for c in claims() if any(cards[name].records[c.id] for name in cards if name)]
+    columns = {("", "id"): ids, ("", "claim"): list(cards[""].claim[ids])}
+    for name, card in cards.items():
+        for column in ("effect", "leans", "verdict", "schedule"):
+            columns[name or "settings as published", column] = list(card[column][ids])
+    return pd.DataFrame(columns)
