@@ -776,7 +776,7 @@ def compare(
         each = {f"on {t.name}": c / t.images[2] for t, c in zip(learn.learned, learn.learned[-1].correct)}
         change = learn.retention()["change"].iloc[:-1].mean()
         row = dict(method=learn.method.title, accuracy=all_right.float().mean().item(), low=low, high=high, **each)
-        rows.append(row | dict(forgotten=-change, parameters=count_parameters(learn.network), seconds=sum(t.seconds for t in learn.learned)))
+        rows.append(row | dict(forgotten=0.0 - change, parameters=count_parameters(learn.network), seconds=sum(t.seconds for t in learn.learned)))
     table = pd.DataFrame(rows).set_index("method").sort_values("accuracy", ascending=False)
     for other in table.index[1:]:
         print(_difference(table.index[0], other, right))

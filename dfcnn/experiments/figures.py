@@ -146,7 +146,8 @@ def caption(
     if DATASETS[c.dataset].own:
         return f"{DATASETS[c.dataset].title}. {counted}, {c.epochs} epochs {per}{seed}."
     paper = TRAINING[DATASETS[c.dataset].architecture]
-    whole = f"the paper's schedule of {c.epochs} epochs {per}" if c.epochs == paper.epochs else f"{c.epochs} epochs {per} (paper: {paper.epochs})"
+    whose = "authors' schedule" if c.together else "paper's schedule"  # App. C gives no number of epochs, the code does
+    whole = f"the {whose} of {c.epochs} epochs {per}" if c.epochs == paper.epochs else f"{c.epochs} epochs {per} (paper: {paper.epochs})"
     length = f"SHORT RUN: {c.short}" if c.short else whole
     few = "" if least >= paper.trials else f" (paper: {paper.trials})"
     scored = "" if c.together or c.score_every == 1 else f", scored every {c.score_every} epochs (paper: every one)"

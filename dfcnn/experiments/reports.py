@@ -123,8 +123,9 @@ def index(root: str | Path = "reports") -> str:  # Markdown
     lines = [
         "# Reports",
         "",
-        "Made by `bash .ci/reports` from the records in these folders; nothing here is written by hand. A record is a folder with `config.json`, `history.csv` and `summary.json` (see `33_runs`); what it was made by",
-        "stands in its `config.json`. Tables and figures lie beside the records that they are drawn from, and `figures.csv` holds what is drawn in the figures.",
+        "`bash .ci/reports` draws the tables and figures from the records in these folders, and renders `paper`, `results` and `riddle`; nothing is written by hand. The other notebooks were rendered by their own commands, and the records of some are not kept here.",
+        "A record is a folder with `config.json`, `history.csv` and `summary.json` (see `32_records`); its `config.json` says what made it. Networks are not kept. Tables and figures lie beside the records that they are drawn from, and `figures.csv` holds what is drawn in the figures.",
+        "The images of CIFAR-100 are from a subset with 100 of its 500 training images per class, those of MNIST and CIFAR-10 from subsets as well (`results`); the whole sets give other draws.",
         "",
         "| records | what | methods | commit | made by |",
         "|---|---|---|---|---|",
@@ -143,7 +144,7 @@ def index(root: str | Path = "reports") -> str:  # Markdown
         several = sorted({r.config.epochs for r in records})
         says = " ".join(riddle_caption([r for r in records if r.config.epochs == n]) for n in several)
         tried = len({candidate_of(r.config)[0] for r in records})
-        lines.append(f"| [riddle](riddle) | Candidates for the difference to the paper. {says} | {tried} candidates | {commits} | `papermill nbs/riddle.ipynb reports/riddle.ipynb` |")
+        lines.append(f"| [riddle](riddle) | Candidates for the difference to the paper. {says} | {tried} candidates, the released settings among them | {commits} | `papermill nbs/riddle.ipynb out.ipynb -p output_dir out` |")
     lines += ["", "| notebook | what |", "|---|---|"]
     lines += [f"| [{p.relative_to(root).as_posix()}]({p.relative_to(root).as_posix()}) | {notebook_title(p)} |" for p in sorted(root.rglob("*.ipynb"))]
     lines += [

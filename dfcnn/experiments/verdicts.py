@@ -167,7 +167,8 @@ def schedule_of(record: Record) -> str:
     "How long a run was, beside the paper's."
     c = record.config
     paper, per = TRAINING[DATASETS[c.dataset].architecture].epochs, "in all" if c.together else "per task"
-    whole = f"the paper's {c.epochs} epochs {per}" if c.epochs == paper else f"{c.epochs} epochs {per} (paper: {paper})"
+    whose = "authors'" if c.together else "paper's"  # App. C gives no number of epochs, the code does
+    whole = f"the {whose} {c.epochs} epochs {per}" if c.epochs == paper else f"{c.epochs} epochs {per} (paper: {paper})"
     return (c.short or whole) + f", scored every {c.score_every}" * (c.score_every > 1 and not c.together)
 
 
