@@ -36,13 +36,14 @@ def brief(value: Any) -> str:
     try:
         text = repr(value)
     except Exception:  # an int of more than 4,300 digits, or a class with a faulty __repr__
-        text = f"a value that cannot be written out"
+        text = "a value that cannot be written out"
     return text if len(text) <= 100 else f"{text[:60]}... ({len(text)} characters)"
 
 # %% ../nbs/00_core.ipynb #3c79050a
 def simplify(name: str) -> str:
-    "`name` in lower case, letters and digits only: the form in which names are compared."
-    return "".join(ch for ch in str(name).lower() if ch.isalnum())
+    "`name` in lower case, letters and digits only: the form in which names are compared. Numbers stay apart, so that 3.0 is not 30."
+    apart = re.sub(r"(?<=\d)[\W_]+(?=\d)", "p", str(name).lower())
+    return "".join(ch for ch in apart if ch.isalnum())
 
 
 def check_choice(

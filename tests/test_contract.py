@@ -130,6 +130,20 @@ def test_no_score_is_repeated_after_a_change(method):
     train(learner(method, [Rescore()], epochs=4, eval_every=3))
 
 
+def test_the_end_is_measured_whatever_a_method_says():
+    "A method that changes an earlier task in secret, in the last epoch, is found out by the last scores."
+
+    class Meddle(Callback):
+        def before_epoch(self):
+            if self.epoch == 3:
+                with torch.no_grad():
+                    [p.neg_() for p in self.model.uses(0)]
+
+    learn = learner("STL", [Meddle()], tasks=small_tasks(2), eval_every=1)
+    last = train(learn).query("split == 'test' and epoch == 4 and evaluated == 0").iloc[0]
+    assert score(learn.model.eval(), small_tasks(2)[0].test, 0) == (last.accuracy, last.loss)
+
+
 def test_no_score_is_repeated_where_all_units_are_put_back():
     network = DEN(architecture_called(SMALL), growth=Growth(units=100, split=0.0))
     train(lifelong_learner(network, small_tasks(), **{**HYPER, "epochs": 8}, cbs=[Rescore(), Audit()]))

@@ -425,7 +425,7 @@ def test_a_study_takes_it_and_goes_on_where_it_was_stopped(tmp_path):
             if self.epoch == 2:
                 raise KeyboardInterrupt
 
-    how = dict(methods="DF-small", epochs=2, tasks=2, workers=1)
+    how = dict(methods="DF-small", epochs=2, tasks=2, workers=1, device="cpu")
     register("DF-small", SmallMethod)
     try:
         whole = lifelong_study(output_dir=str(tmp_path / "whole"), **how).run()[0]

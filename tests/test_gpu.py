@@ -59,6 +59,14 @@ def test_captured_steps_are_those_of_the_learner(method, monkeypatch):
     agree(by_batch, captured, method)
 
 
+def test_a_learner_that_was_trained_by_batch_is_captured():
+    "What fastai keeps of the last batch belongs to another stream than the one that is captured."
+    learn = learner("DF-CNN", epochs=2)
+    learn.fit(1)
+    train_together([learn])
+    assert learn.epochs_done == 4
+
+
 def as_steps_without_a_graph(make, monkeypatch) -> None:
     "What is captured and replayed gives the weights of the same steps, taken one by one."
     with precision(torch.float64):

@@ -181,7 +181,7 @@ def dask_cluster(tmp_path):
 
 def test_where_runs_are_carried_out_changes_no_number(tmp_path, dask_cluster):
     def study(name: str, **where) -> list[tuple]:
-        grid = dict(methods="STL DF-CNN", epochs=1, tasks=2, trials=2, output_dir=str(tmp_path / name))
+        grid = dict(methods="STL DF-CNN", epochs=1, tasks=2, trials=2, output_dir=str(tmp_path / name), device="cpu")
         records = lifelong_study(**grid, **where).run()
         assert len(records) == 4
         return [numbers(r.folder) for r in records]

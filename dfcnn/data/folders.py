@@ -10,7 +10,7 @@ import os
 import warnings
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from io import BytesIO
 from pathlib import Path
@@ -337,7 +337,7 @@ def as_pixels(
     if isinstance(image, (str, os.PathLike)):
         return read_photo(check_file_exists(image), size, fit)
     if isinstance(image, Image.Image):
-        return np.asarray(to_square(eight_bits(image, "in memory"), size, fit)).transpose(2, 0, 1).copy()
+        return np.asarray(to_square(eight_bits(ImageOps.exif_transpose(image), "in memory"), size, fit)).transpose(2, 0, 1).copy()
     if not isinstance(image, (np.ndarray, torch.Tensor)):
         raise BadInput(f"An image is a path, a PIL image, an array or a tensor, but this is a {type(image).__name__}.")
     x = image.detach().cpu().numpy() if isinstance(image, torch.Tensor) else image

@@ -480,5 +480,5 @@ def run_and_keep(study: Study) -> tuple[Record, list[dict[str, torch.Tensor]]]:
 
 def before_training(config: RunConfig) -> LifelongNetwork:  # in evaluation mode
     "The network with which a run begins, with all of its tasks: what was drawn and nothing learned."
-    seed, n = config.seed_of("init"), [len(classes) for _, classes in DATASETS[config.dataset].groups()][: config.tasks]
-    return build_network(config.method, DATASETS[config.dataset].architecture, seed, n_tasks=n).eval()
+    seed, architecture = config.seed_of("init"), DATASETS[config.dataset].architecture
+    return build_network(config.method, architecture, seed, n_tasks=config.classes).eval()

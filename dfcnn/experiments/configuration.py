@@ -145,6 +145,13 @@ def check_listed(self: RunConfig):
 
 
 @patch(as_prop=True)
+def classes(self: RunConfig) -> int | list[int]:
+    "What `build_network` adds: the number of tasks, or, of images of one's own, the number of classes of each."
+    data = DATASETS[self.dataset]
+    return [len(classes) for _, classes in data.groups()[: self.tasks]] if data.own else self.tasks
+
+
+@patch(as_prop=True)
 def short(self: RunConfig) -> str:
     "What is shorter than in the paper, in words; empty for the paper's full schedule."
     self.check_listed()

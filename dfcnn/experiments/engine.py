@@ -5,6 +5,7 @@
 # %% ../../nbs/34_engine.ipynb #6a73d450
 from __future__ import annotations
 
+import gc
 import json
 import os
 import threading
@@ -311,12 +312,14 @@ def run_in_worker(
     except TimeIsUp:
         return [(c, Unfinished(c)) for c in configs]
     except Exception as e:
-        if len(configs) > 1:  # which one was it? each goes on by itself, from its last checkpoint
-            return [result for c in configs for result in run_in_worker([c], method, images, made_of, where)]
-        with suppress(OSError):  # the disk is full, say
-            write_text(folders[0] / "error.txt", traceback.format_exc())
-        error = str(e).rpartition("\n\t")[2] or type(e).__name__  # fastai puts more before it
-        return [(configs[0], Failure(configs[0], error))]
+        if len(configs) == 1:
+            with suppress(OSError):  # the disk is full, say
+                write_text(folders[0] / "error.txt", traceback.format_exc())
+            error = str(e).rpartition("\n\t")[2] or type(e).__name__  # fastai puts more before it
+            return [(configs[0], Failure(configs[0], error))]
+    gc.collect()  # the trace of the error is gone, and now what the group held on a GPU
+    # which one was it? each goes on by itself, from its last checkpoint
+    return [result for c in configs for result in run_in_worker([c], method, images, made_of, where)]
 
 # %% ../../nbs/34_engine.ipynb #31bc300a
 @patch

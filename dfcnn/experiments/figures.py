@@ -127,7 +127,13 @@ def by_method(records: Sequence[Record]) -> dict[str, list[Record]]:  # method -
             )
     groups: dict[str, list[Record]] = {}
     for r in records:
-        groups.setdefault(r.config.method, []).append(r)
+        same = groups.setdefault(r.config.method, [])
+        if twin := next((s for s in same if s.config.trial == r.config.trial), None):
+            raise BadInput(
+                f"'{twin.folder}' and '{r.folder}' are records of the same run, which would count as two trials."
+                " Move one of them away."
+            )
+        same.append(r)
     return groups
 
 
@@ -376,7 +382,7 @@ def cost_table(records: Sequence[Record]) -> pd.DataFrame:  # a row for each met
     "Parameters: shared, of a task on average, grown in training (DEN); and milliseconds of an epoch of training."
     c, rows = records[0].config, {}
     for method, rs in by_method(records).items():
-        network = build_shapes(method, DATASETS[c.dataset].architecture, c.tasks)
+        network = build_shapes(method, DATASETS[c.dataset].architecture, c.classes)
         start, shared = count_parameters(network), sum(p.numel() for p in network.shared())
         total = np.mean([r.summary["parameters"] for r in rs])
         epoch = np.mean([1000 * seconds(r.history).training / len(c.task_of_epoch) for r in rs])

@@ -85,7 +85,7 @@ def convergence_epochs(
 ) -> pd.Series:  # indexed by task
     "Epochs until each task's test accuracy first reaches `share` of its peak (Sec. 4.2)."
     own = own_phase(history)
-    enough = own[own.accuracy >= share * own.groupby(level=0).accuracy.transform("max")]
+    enough = own[own.accuracy >= share * own.groupby(level=0).accuracy.transform("max") - 1e-6]  # a history has six digits
     return enough.groupby(level=0).task_epoch.min()
 
 # %% ../../nbs/30_metrics.ipynb #7224dbf9

@@ -21,7 +21,6 @@ from fastcore.basics import patch
 from ..core import BadInput, check_number, check_path, pick_device
 from ..data.binary import COUNTS, MultiTask
 from ..data.datasets import DATASETS
-from ..data.images import Images
 from ..methods.registry import METHODS, build_network, build_shapes, title_of
 from ..training.optimizer import RMSProp, sum_cross_entropy
 from .configuration import TRAINING, RunConfig
@@ -29,11 +28,11 @@ from .engine import step_flops
 from .records import Record, load_records
 from .runs import using_threads
 from .studies import Study, lifelong_study, multitask_study, scoring_interval
-from .verdicts import SideBySide, side_by_side, variant
+from .verdicts import SideBySide, side_by_side
 
 # %% auto #0
-__all__ = ['PLAN', 'HOME_IMAGES', 'SCORED', 'Stage', 'step_seconds', 'images_of_task', 'hours_of', 'identity', 'Shelf', 'turn',
-           'Paper', 'whole_paper']
+__all__ = ['PLAN', 'HOME_IMAGES', 'SCORED', 'Stage', 'step_seconds', 'images_of_task', 'hours_of', 'Shelf', 'turn', 'Paper',
+           'whole_paper']
 
 # %% ../../nbs/39_paper.ipynb #9ceab36f
 @dataclass(frozen=True)
@@ -188,20 +187,15 @@ def hours_of(
     return (1 + bool(start)) * images * step / config.batch_size / 3600
 
 # %% ../../nbs/39_paper.ipynb #3d1903fb
-def identity(config: RunConfig) -> tuple:
-    "What two records of the same run have in common."
-    return config.dataset, config.method, config.epochs, config.tasks, config.trial, config.seed, variant(config)
-
-
 class Shelf:
     "The records that there are, and the images at hand."
 
     def __init__(self, records: Sequence[Record], data_dir: str | None):
         self.data_dir, self.images, self.absent = data_dir, {}, {}
-        self.there: dict[tuple, set[str]] = {}  # -> checksums of the images
+        self.there: dict[RunConfig, set[str]] = {}  # -> checksums of the images
         for r in records:
             if r.config.dataset in DATASETS:
-                self.there.setdefault(identity(r.config), set()).add(r.made_with["data"])
+                self.there.setdefault(r.config, set()).add(r.made_with["data"])
 
     def fetch(self, dataset: str) -> bool:
         "Load the images of a data set, once; are there any?"
@@ -216,7 +210,7 @@ class Shelf:
     def has(self, config: RunConfig) -> bool:
         "Is there a record of this run, with the images at hand if they are?"
         images = self.images.get(getattr(DATASETS[config.dataset], "source", "") or config.dataset)
-        made_of = self.there.get(identity(config), set())
+        made_of = self.there.get(config, set())
         return images.fingerprint in made_of if images else bool(made_of)
 
 # %% ../../nbs/39_paper.ipynb #dce5b5f9
@@ -244,9 +238,9 @@ class Paper:
         for stage in self.stages:
             left = self.hours - spent
             at_hand = left <= 0 or self.shelf.fetch(stage.datasets[0])  # images are loaded where their turn comes
-            runs = [c for c in stage.configs() if identity(c) not in begun]
+            runs = [c for c in stage.configs() if c not in begun]
             missing = [c for c in runs if not self.shelf.has(c)]
-            begun |= {identity(c) for c in missing}
+            begun |= set(missing)
             hours = sum(hours_of(c, self.device) for c in missing) / self.workers
             when = turn(hours, left) if missing and self.hours else ""
             when = when if at_hand else "left out: no images"
@@ -307,7 +301,7 @@ def train(self: Paper) -> None:
         study.configs = [c for c in study.configs if not self.shelf.has(c)]
         study.until = until
         for record in study.run():
-            self.shelf.there.setdefault(identity(record.config), set()).add(record.made_with["data"])
+            self.shelf.there.setdefault(record.config, set()).add(record.made_with["data"])
     if self.hours:
         print("The time is up." if time.time() >= until else "There is nothing left to train.", "What follows is drawn from what is complete.", flush=True)
 

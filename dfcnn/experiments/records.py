@@ -28,7 +28,7 @@ from ..data.datasets import DATASETS, task_sequence
 from ..data.images import Images
 from ..data.tasks import Split, Task
 from ..methods.base import LifelongNetwork
-from ..methods.registry import METHODS, Method, build_network
+from ..methods.registry import METHODS, build_network
 from ..training.checkpoint import load_tensors
 from ..training.evaluation import HISTORY
 from ..training.learner import task_learner, train
@@ -39,7 +39,7 @@ from .metrics import summarize, summarize_together
 __all__ = ['PROBED', 'PACKAGE', 'SAME', 'Record', 'write_history', 'read_history', 'history_checksum', 'summary_of',
            'load_record', 'load_records', 'probe_tasks', 'in_float64', 'probe', 'git_revision', 'made_with',
            'same_numbers', 'changes', 'folder_lock', 'set_aside', 'differences', 'read_config', 'reuse_or_set_aside',
-           'made_by', 'belongs', 'load_network']
+           'made_by', 'load_network']
 
 # %% ../../nbs/32_records.ipynb #e6903182
 @dataclass(eq=False)
@@ -163,19 +163,24 @@ def probe(
     config: RunConfig,
     images: Images,  # of the configuration's data set
 ) -> list[float]:  # mean cross-entropies, score by score
-    "Losses that today's code computes in a very short run of this kind: two tasks, an epoch of each."
-    small = replace(config, epochs=2 if config.together else 1, tasks=min(2, config.tasks), trial=0, seed=0)
-    small = replace(small, batch_size=PROBED // 2, eval_every=1, score_every=1)
-    key = small, METHODS[config.method], images.fingerprint
+    "Losses that today's code computes in very short runs of this kind: two tasks, an epoch of each, and two where epochs differ."
+    differ = config.mean_squares_restart == "epoch" or METHODS[config.method].network.callbacks is not LifelongNetwork.callbacks
+    lengths = [2] if config.together else [1, 2] if differ else [1]
+    small = replace(config, tasks=min(2, config.tasks), trial=0, seed=0, batch_size=PROBED // 2, eval_every=1, score_every=1)
+    return [loss for n in lengths for loss in _losses(replace(small, epochs=n), images)]
+
+
+def _losses(config: RunConfig, images: Images) -> list[float]:
+    key = config, METHODS[config.method], images.fingerprint
     if key not in _probes:
-        tasks = probe_tasks(config.dataset, images, small.tasks)
+        tasks = probe_tasks(config.dataset, images, config.tasks)
         with in_float64():
-            network = build_network(config.method, DATASETS[config.dataset].architecture, length=small.tasks)
+            network = build_network(config.method, DATASETS[config.dataset].architecture, length=config.tasks)
             if start := network.starts_from:
-                first = start(network.arch, 0, small.tasks)
-                train(task_learner(first, tasks, **small.learning | dict(eval_every=None)))
+                first = start(network.arch, 0, config.tasks)
+                train(task_learner(first, tasks, **config.learning | dict(eval_every=None)))
                 network.start_from(first)
-            _probes[key] = train(task_learner(network, tasks, **small.learning)).loss.tolist()
+            _probes[key] = train(task_learner(network, tasks, **config.learning)).loss.tolist()
     return _probes[key]
 
 # %% ../../nbs/32_records.ipynb #4b66fc51
@@ -220,7 +225,7 @@ def made_with(
         torch=torch.__version__,
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         threads=torch.get_num_threads(),
-        tf32=device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32,
+        tf32=device.type == "cuda" and (torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32),
         dfcnn=dfcnn.__version__,
         git=git_revision(),
         **{name: version(name) for name in ("torchvision", "fastai", "numpy", "safetensors")},
@@ -234,9 +239,12 @@ def made_with(
 SAME = ("data", "method", "torch", "device", "threads", "tf32")  # what must agree before a record is used again
 
 # %% ../../nbs/32_records.ipynb #8a4198bf
-def same_numbers(a: list[float], b: list[float]) -> bool:
-    "Do two probes agree, up to the rounding of float64?"
-    return len(a) == len(b) and all(isclose(x, y, rel_tol=1e-7) for x, y in zip(a, b))
+def same_numbers(
+    a: list[float],  # of a record
+    b: list[float],  # of today
+) -> bool:
+    "Do two probes agree, up to the rounding of float64? That of an earlier record may be a shorter one."
+    return 0 < len(a) <= len(b) and all(isclose(x, y, rel_tol=1e-7) for x, y in zip(a, b))
 
 
 def changes(
@@ -245,9 +253,7 @@ def changes(
 ) -> list[str]:
     "What is other today, and bars a record from being used again; empty where nothing is."
     other = [k for k in SAME if made.get(k, "") != today[k]]
-    if "numbers" in made:
-        return other + ([] if same_numbers(made["numbers"], today["numbers"]) else ["numbers of the code"])
-    return other + ([] if made.get("code") == today["code"] else ["code"])
+    return other + ([] if same_numbers(made.get("numbers", []), today["numbers"]) else ["numbers of the code"])
 
 # %% ../../nbs/32_records.ipynb #4557febe
 @contextmanager
@@ -333,18 +339,6 @@ def made_by(folder: Path) -> str:
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
-def belongs(
-    said: str | None,  # what a file of weights gives as `made_by`
-    folder: Path,  # with a `config.json`
-) -> bool:
-    "Were weights that say this made by the run that is described in `folder`?"
-    if said is None:  # of the first version of this package
-        return True
-    if said.startswith("{"):  # of the second, which spelled the configuration out
-        return json.loads(said)["config"] == read_config(folder)["config"]
-    return said == made_by(folder)
-
-
 def load_network(
     folder: str | Path,  # of a complete record
 ) -> LifelongNetwork:  # in evaluation mode, on the CPU
@@ -352,7 +346,7 @@ def load_network(
     config = load_record(folder).config
     config.check_listed()
     state, about = load_tensors(Path(folder) / "network.safetensors")
-    if not belongs(about.get("made_by"), Path(folder)):
+    if about.get("made_by") != made_by(Path(folder)):
         raise BadInput(f"The weights in '{folder}' were not made by the run that its config.json describes.")
     network = build_network(
         config.method, DATASETS[config.dataset].architecture, config.seed, length=config.tasks

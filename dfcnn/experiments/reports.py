@@ -13,15 +13,14 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 
-from ..core import BadInput, write_text, writing
+from ..core import write_text, writing
 from ..data.binary import MultiTask
 from ..data.datasets import DATASETS
 from ..methods.registry import build_network, title_of
-from .configuration import TRAINING
 from .drawings import factorization_figure
 from .figures import LIFELONG_REPORT, MULTITASK_REPORT, caption, write_report
 from .records import Record, load_records
-from .riddle import candidate_of, riddle_caption
+from .riddle import candidate_of, riddle_caption, riddle_groups
 
 # %% auto #0
 __all__ = ['OF_READERS', 'figure_data', 'folders', 'render', 'command_of', 'notebook_title', 'index', 'draw_idea', 'render_all']
@@ -41,7 +40,7 @@ def figure_data(fig: plt.Figure) -> pd.DataFrame:  # a row for each line and eac
     return pd.DataFrame(rows, columns=["panel", "what", "points", "first x", "last x", "mean y", "last y"])
 
 # %% ../../nbs/41_reports.ipynb #bc0d81a6
-OF_READERS = "lifelong", "ablations", "mtl", "any_network", "analysis"  # where notebooks put a reader's own runs
+OF_READERS = "lifelong", "ablations", "mtl", "any_network", "analysis", "runs"  # where notebooks put a reader's own runs
 
 
 def folders(
@@ -141,8 +140,7 @@ def index(root: str | Path = "reports") -> str:  # Markdown
         lines.append(f"| [{name}]({name}) | {caption(records)} | {methods} | {commits} | `{command_of(records)}` |")
     for folder, records in riddles.items():
         commits = ", ".join(sorted({f"`{str(r.made_with.get('git'))[:8]}`" for r in records}))
-        several = sorted({r.config.epochs for r in records})
-        says = " ".join(riddle_caption([r for r in records if r.config.epochs == n]) for n in several)
+        says = " ".join(map(riddle_caption, riddle_groups(records)))
         tried = len({candidate_of(r.config)[0] for r in records})
         lines.append(f"| [riddle](riddle) | Candidates for the difference to the paper. {says} | {tried} candidates, the released settings among them | {commits} | `papermill nbs/riddle.ipynb out.ipynb -p output_dir out` |")
     lines += ["", "| notebook | what |", "|---|---|"]

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from ..core import BadInput, check_choice, check_number, pick_device
+from ..core import check_choice, check_number, pick_device
 from ..data.datasets import DATASETS
 from ..data.images import Images
 from ..data.tasks import DataSet, Task
@@ -29,7 +29,7 @@ from .studies import scoring_interval, split_names
 
 # %% auto #0
 __all__ = ['VARIANTS', 'CANDIDATES', 'METHODS_ASKED', 'in_order', 'ScaledAtOnce', 'scaled_at_once', 'DropoutAlways', 'Candidate',
-           'Riddle', 'riddle_study', 'candidate_of', 'riddle_caption', 'riddle_table', 'riddle_figure']
+           'Riddle', 'riddle_study', 'candidate_of', 'riddle_groups', 'riddle_caption', 'riddle_table', 'riddle_figure']
 
 # %% ../../nbs/40_riddle.ipynb #17e8f937
 def in_order(
@@ -243,13 +243,22 @@ def _as_released(records: Sequence[Record]) -> list[Record]:
     return [replace(records[0], config=replace(config, dataset=config.dataset.partition("-")[0], **LATER))]
 
 
-def riddle_caption(records: Sequence[Record]) -> str:  # of one length
+def riddle_groups(records: Sequence[Record]) -> list[list[Record]]:  # the shortest runs first
+    "Records of candidates, grouped into those that may stand in one table: the same length, tasks, seed and images."
+    groups: dict[tuple, list[Record]] = {}
+    for r in records:
+        c = r.config
+        groups.setdefault((c.epochs, c.tasks, c.seed, str(r.made_with.get("data"))), []).append(r)
+    return [groups[k] for k in sorted(groups)]
+
+
+def riddle_caption(records: Sequence[Record]) -> str:  # of one group
     "On what the table stands."
     return caption(_as_released(records))
 
 # %% ../../nbs/40_riddle.ipynb #786a463f
 def riddle_table(
-    records: Sequence[Record],  # of one length
+    records: Sequence[Record],  # of one group
 ) -> pd.DataFrame:  # a row for each candidate, and the paper's; values as text
     "What each candidate reaches, half-way and at the end, and whether that looks like the paper."
     found: dict[str, dict[str, tuple[float, float]]] = {}
@@ -277,7 +286,7 @@ def riddle_table(
     return pd.DataFrame(rows, index=[*METHODS_ASKED, *marks]).T.fillna("").rename_axis("candidate")
 
 # %% ../../nbs/40_riddle.ipynb #89f2cfbd
-def riddle_figure(records: Sequence[Record]) -> plt.Figure:  # of one length
+def riddle_figure(records: Sequence[Record]) -> plt.Figure:  # of one group
     "Test accuracy of a task by the epochs it has been trained for, a panel for each candidate; dotted: the paper's peaks."
     groups: dict[str, list[Record]] = {}
     for r in records:

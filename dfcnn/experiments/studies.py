@@ -56,12 +56,6 @@ class Study:
     def dataset(self) -> DataSet:
         return DATASETS[self.configs[0].dataset]
 
-    @property
-    def classes(self) -> int | list[int]:
-        "What `build_shapes` adds: the number of tasks, or the classes of each where they may differ."
-        n = self.configs[0].tasks
-        return [len(classes) for _, classes in self.dataset.groups()[:n]] if self.dataset.own else n
-
     def tasks(self, trial: int) -> list[Task]:
         "The tasks of one trial, which are the same for every method."
         c = self.configs[0]
@@ -113,7 +107,7 @@ def describe(self: Study) -> str:  # Markdown
         ]
     lines += ["| method | parameters for these tasks |", "|---|---:|"]
     for m in dict.fromkeys(c.method for c in self.configs):
-        network = build_shapes(m, self.dataset.architecture, self.classes)
+        network = build_shapes(m, self.dataset.architecture, self.configs[0].classes)
         lines.append(f"| {METHODS[m].title} | {count_parameters(network):,} |")
     notes = dict.fromkeys(METHODS[c.method].note for c in self.configs if not c.together)
     return "\n".join(lines + [""] + [f"* {note}" for note in notes if note])
@@ -289,11 +283,8 @@ def check_places(
     output_dir: str,  # where records go
 ) -> None:
     "Refuse what is no path, and a `data_dir` for images that come with the package."
-    for name, value in dict(data_dir=data_dir, output_dir=output_dir).items():
-        if value is None and name == "data_dir":
-            continue
-        if not (isinstance(value, (str, os.PathLike)) and str(value)):
-            raise BadInput(f"Parameter '{name}' must be text, but it is {value!r} ({type(value).__name__}).")
+    if data_dir is not None:
+        check_path("data_dir", data_dir)
     check_path("output_dir", output_dir)
     if dataset.stand_in and data_dir is not None and not dataset.own:
         real = "mnist or cifar10" if isinstance(dataset, MultiTask) else "cifar100 or officehome"
@@ -461,7 +452,9 @@ def notebook_parameters(
         asked: dict[str, Any] = {}
         exec(cell, {}, asked)
         for name, value in asked.items():
-            check_choice("parameter", name, choices)
+            if name not in choices:
+                listed = check_choice("parameter", name, choices)
+                raise BadInput(f"Parameter '{name}' is written '{listed}'.")
             if given.get(name) != value:
                 raise BadInput(
                     f"Parameter '{name}' was set to {value!r}, but the notebook would run with"

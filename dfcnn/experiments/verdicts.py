@@ -391,9 +391,9 @@ def _first_kept(r: Record) -> float:
 
 
 def _most_changed(r: Record) -> float:
-    R = accuracy_matrix(r.history)
-    moves = (R - np.diag(R)).abs().max()  # each column against its own diagonal
-    return float(100 * moves.iloc[:-1].max())
+    later = r.history.query("split == 'test' and trained > evaluated")
+    at_its_end = np.diag(accuracy_matrix(r.history))[later.evaluated]
+    return float(100 * (later.accuracy - at_its_end).abs().max())  # of all scores
 
 # %% ../../nbs/38_verdicts.ipynb #fe44e2cc
 def _late_gain(r: Record) -> float:

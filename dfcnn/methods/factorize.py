@@ -11,7 +11,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from operator import index
-from typing import Any, Callable, Sequence
+from typing import Any, Sequence
 
 import pandas as pd
 import torch
@@ -23,7 +23,7 @@ from torch.nn.parameter import is_lazy
 
 from ..core import BadInput, brief, check_choice, check_number, seeded, stream
 from .base import LifelongNetwork, Parts, count_parameters, tasks_in
-from .factorization import TwoStage, deconvolve, glorot, new_knowledge_base
+from .factorization import TwoStage, deconvolve, new_knowledge_base
 
 # %% auto #0
 __all__ = ['ROLES', 'Layer', 'fits', 'tensors_of', 'layers_with_tensors', 'roles_of', 'check_convolution', 'check_left_alone',
@@ -555,13 +555,13 @@ def fit_filters(
     rounds: int = 20,  # at most so many turns, where the knowledge base is chosen too
 ) -> tuple[torch.Tensor, float]:  # knowledge base, and the norm of the error relative to that of the filters
     "Choose knowledge base, V and U so that they give `W` as well as their sizes allow."
-    M = W.detach().double().cpu().permute(2, 3, 1, 0).flatten(2).flatten(0, 1)
-    kb, p, error = kb.detach().double().cpu(), own.V.shape[2:], torch.inf
+    M = W.detach().cpu().double().permute(2, 3, 1, 0).flatten(2).flatten(0, 1)
+    kb, p, error = kb.detach().cpu().double(), own.V.shape[2:], torch.inf
     for _ in range(rounds):
         v, U, rest = best_transform(kb, p, M, layer.c)
         before, error = error, (rest.norm() / M.norm().clamp(min=1e-30)).item()
         reachable = torch.linalg.matrix_rank(deconvolution_matrix(kb, p)) == len(M)
-        best, chosen = (kb, v, U), kb
+        best = kb, v, U
         if reachable or error > 0.999 * before:
             break
         kb = best_knowledge_base(kb.shape, p, M, v, U)

@@ -58,7 +58,7 @@ class TaskBatches:
             return torch.arange(n, device=device)
         drawn = torch.randperm(n, generator=self.generator)[: len(self) * self.batch_size]
         pinned = drawn.pin_memory() if device.type == "cuda" else drawn  # its copy waits for nothing
-        return pinned.to(device, non_blocking=True)
+        return pinned.to(device, non_blocking=device.type == "cuda")
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, int, torch.Tensor]]:
         x, y = self.data

@@ -109,7 +109,7 @@ def restore(
         task, name, what = k.split("/")
         p = parameters[name]
         counts = v.ndim == 0 and not v.is_floating_point()  # fastai counts steps in plain numbers
-        kept = v.item() if counts else v.to(p.device, copy=True)
+        kept = v.item() if counts else v.to("cpu" if what == "step" else p.device, copy=True)  # torch counts there
         optimizer_state(learn.optimizers[int(task)])[p][what] = kept
     for cb in learn.cbs:
         if hasattr(type(cb), "load_state_dict"):

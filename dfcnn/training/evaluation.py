@@ -274,6 +274,8 @@ def before_validate(self: Evaluate):
     done, now = self.task_epoch + 1, self.epoch + 1
     self.learned.add(self.learn.task)
     self.outdate()
+    if now == self.n_epoch:
+        self.latest.clear()  # at the end all is measured, also what should not have changed
     if self.together:
         due = self.eval_every and (now % self.eval_every == 0 or now == self.n_epoch)
         scored = range(len(self.eval_tasks)) if due else []

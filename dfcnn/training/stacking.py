@@ -39,6 +39,8 @@ class StackedTrainer:
 
     def __init__(self, learners: Sequence[TaskLearner]):
         self.learners, self.lead = list(learners), learners[0]
+        for l in self.learners:
+            l.pred = l.loss = l.loss_grad = None  # the last batch's graph is of the stream that is not captured
         self.task, self.network = self.lead.task, self.lead.model
         self.constants = optimizer_constants(self.lead)
         data = [l.dls.train.data for l in self.learners]
@@ -203,9 +205,10 @@ def replay(self: StackedTrainer) -> None:
         return
     if self.graph is None:
         gc.collect()  # no older graph may go while one is captured
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, stream=self.aside):  # records the step without taking it
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=self.aside, capture_error_mode="thread_local"):  # records the step without taking it
             self.step()
+        self.graph = graph
     self.graph.replay()
 
 # %% ../../nbs/27_stacking.ipynb #4e847251
