@@ -37,8 +37,8 @@ from ..core import BadInput, brief, cache_dir, check_path, simplify, write_text,
 
 # %% auto #0
 __all__ = ['CIFAR100_SUPERCLASSES', 'CIFAR100_CLASSES', 'OFFICEHOME_CLASSES', 'LAYOUTS', 'IMAGE_SUFFIXES', 'MOST_FILES',
-           'MOST_BYTES', 'MOST_OF_ONE', 'MOST_PIXELS', 'IDX', 'MOST_OF_IDX', 'TESTED', 'ARCHIVES', 'Images', 'Layout',
-           'check_file', 'check_size', 'read_file', 'Member', 'members', 'decode', 'build', 'check_complete',
+           'MOST_BYTES', 'MOST_OF_ONE', 'MOST_PIXELS', 'IDX', 'MOST_OF_IDX', 'MNIST_TESTED', 'ARCHIVES', 'Images',
+           'Layout', 'check_file', 'check_size', 'read_file', 'Member', 'members', 'decode', 'build', 'check_complete',
            'read_files', 'read_parquet', 'network', 'read_torchvision', 'from_arrays', 'idx_file', 'read_idx_file',
            'read_idx', 'file_sha256', 'fetch', 'download_parquet', 'digits', 'locate', 'source_key', 'save_images',
            'load_saved', 'cached', 'load_images']
@@ -528,7 +528,7 @@ def from_arrays(
 # %% ../../nbs/01_images.ipynb #183e7c73
 IDX = {"train": "train", "test": "t10k"}  # how the files of a part begin
 MOST_OF_IDX = 1 << 30  # values in an idx file
-TESTED = (980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009)  # MNIST's test images of each class; Fashion-MNIST has 1,000 of each
+MNIST_TESTED = (980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009)  # MNIST's test images of each class; Fashion-MNIST has 1,000 of each
 
 
 def idx_file(
@@ -577,7 +577,7 @@ def read_idx(
         raise BadInput(f"'{root}' lacks {', '.join(missing)} (or the same with .gz). {layout.how_to_get}")
     arrays = {key: read_idx_file(f) for key, f in files.items()}
     y = arrays["test", "labels-idx1"]
-    if y.size == sum(TESTED) and tuple(np.bincount(y.ravel(), minlength=10)) != TESTED:
+    if y.size == sum(MNIST_TESTED) and tuple(np.bincount(y.ravel(), minlength=10)) != MNIST_TESTED:
         raise BadInput(f"The files in '{root}' are named as those of {layout.title}, but hold other labels. {layout.how_to_get}")
     return from_arrays(layout, root, *[(arrays[p, "images-idx3"], arrays[p, "labels-idx1"]) for p in layout.parts])
 
