@@ -525,6 +525,7 @@ def test_sizes_that_only_a_typo_explains(tmp_path, name, value, said):
         ("lifelong", "output_dir", "a\0b", "Parameter 'output_dir' must be a path"),
         ("lifelong", "output_dir", "~nosuch/x", "Parameter 'output_dir' must be a path"),
         ("multitask", "fractions", "-10%", "Unknown fraction of Handwritten digits of scikit-learn '-10%'"),
+        ("multitask", "fractions", "1.0%", "Unknown fraction of Handwritten digits of scikit-learn '1.0%'"),
         ("multitask", "fractions", ", ", "Parameter 'fractions' must name one or more of 10%, 50%"),
     ],
 )

@@ -15,7 +15,7 @@ from dfcnn.core import BadInput
 from dfcnn.data.datasets import DATASETS
 from dfcnn.methods.registry import build_network
 from dfcnn.training.checkpoint import save_tensors
-from dfcnn.experiments.records import folder_lock, load_network, load_record
+from dfcnn.experiments.records import folder_lock, load_network, load_record, made_by
 from dfcnn.experiments.runs import run
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -45,7 +45,7 @@ def test_a_network_of_a_multi_task_record_is_loaded(method, tmp_path):
     shutil.copytree(ROOT / record, tmp_path / "record")
     config = load_record(ROOT / record).config
     network = build_network(method, DATASETS[config.dataset].architecture, n_tasks=config.tasks)
-    save_tensors(network.state_dict(), tmp_path / "record/network.safetensors")
+    save_tensors(network.state_dict(), tmp_path / "record/network.safetensors", made_by=made_by(tmp_path / "record"))
     code = "import sys; from dfcnn.experiments.records import load_network; print(len(load_network(sys.argv[1]).tasks))"
     assert fresh(code, tmp_path / "record") == str(config.tasks) == "5"
 
