@@ -21,6 +21,8 @@ from conftest import picture
 from dfcnn.core import BadInput
 from dfcnn.data.folders import task_from_folder, tasks_from_datasets, tasks_from_folder
 from dfcnn.methods.registry import METHODS
+from dfcnn.experiments.figures import cost_table
+from dfcnn.experiments.studies import lifelong_study
 from dfcnn.vision import image_learner, load_learner
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -221,6 +223,12 @@ def test_lifelong_takes_a_folder(photos, tmp_path):
     assert table.model.tolist() == ["STL", "SNN", "DF-CNN"] and not any("paper" in c for c in table.columns)
     shown = "".join(json.dumps(c.get("outputs", [])) for c in json.loads(out.read_text())["cells"])
     assert "These images are your own" in shown and shown.count("image/png") == 6
+
+
+def test_costs_where_tasks_have_unlike_numbers_of_classes(photos, tmp_path):
+    study = lifelong_study("folders", data_dir=str(photos / "photos"), size=16, methods="STL", epochs=1, output_dir=str(tmp_path), device="cpu", workers=1)
+    assert len(set(study.configs[0].classes)) > 1
+    assert cost_table(study.run()).grown.tolist() == ["0"]  # only DEN grows
 
 
 def test_real_archives_as_tasks(shared, tmp_path):

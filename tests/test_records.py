@@ -10,12 +10,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from dfcnn.core import BadInput
 from dfcnn.data.datasets import DATASETS
+from dfcnn.methods.expandable import DEN
 from dfcnn.methods.registry import build_network
 from dfcnn.training.checkpoint import save_tensors
-from dfcnn.experiments.records import folder_lock, load_network, load_record, made_by
+from dfcnn.experiments.configuration import RunConfig
+from dfcnn.experiments.records import folder_lock, load_network, load_record, made_by, made_with, probe
 from dfcnn.experiments.runs import run
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -36,6 +39,37 @@ def test_committed_records_can_be_read():
     records = [r for r in RECORDS if "riddle" not in r.parts]  # whose methods are listed by the notebook alone that made them
     said = fresh(code, *records).splitlines()
     assert len(said) == len(records) > 20 and any("of 2000 epochs" in s for s in said)
+
+
+SHORT = RunConfig("shapes", "DEN", epochs=1, tasks=2, batch_size=10, lr=1e-4, decay=0.0, eval_every=1)
+
+
+def test_the_probe_goes_through_all_stages_of_den(monkeypatch):
+    "What is never carried out may change unnoticed."
+    called = set()
+
+    def watched(name, real):
+        return lambda self, *args: (called.add(name), real(self, *args))[1]
+
+    for name in ("prune", "split"):
+        monkeypatch.setattr(DEN, name, watched(name, getattr(DEN, name)))
+    monkeypatch.setattr("dfcnn.experiments.records._probes", {})
+    probe(SHORT, DATASETS["shapes"].images(None))
+    assert called == {"prune", "split"}
+
+
+def test_a_record_says_that_convolutions_used_tf32(monkeypatch):
+    "On a GPU torch lets them, unless it is told otherwise."
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda device: "a GPU")
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32
+    try:
+        for allowed in (False, True):
+            matmul.allow_tf32, cudnn.allow_tf32 = False, allowed
+            about = made_with(replace(SHORT, method="STL"), DATASETS["shapes"].images(None), torch.device("cuda"))
+            assert about["tf32"] is allowed
+    finally:
+        matmul.allow_tf32, cudnn.allow_tf32 = before
 
 
 @pytest.mark.parametrize("method", ["STL", "DF-CNN.tc2"])
