@@ -504,6 +504,15 @@ def test_the_best_epoch_is_kept(tmp_path):
     assert len(list(tmp_path.glob("models/every_*.pth"))) == 4
 
 
+def test_fast_steps_keep_no_graph_of_single_batches():
+    "A GPU could not capture a step beside it."
+    learn = learner()
+    learn.fit(1)
+    assert learn.loss_grad.grad_fn is not None
+    train_together([learn])
+    assert learn.loss_grad is None
+
+
 def test_save_and_load(tmp_path):
     whole, learn = learner(path=tmp_path), learner(path=tmp_path)
     whole.fit()
@@ -513,7 +522,6 @@ def test_save_and_load(tmp_path):
     learn.load("third")
     learn.epochs_done = 3
     train_together([learn])  # fast steps see the loaded tensors
-    assert learn.loss_grad is None  # a graph of single batches, which a GPU could not capture beside
     assert torch.equal(weights(whole), weights(learn))
     learn.fit(0)
     first = learner(path=tmp_path)
