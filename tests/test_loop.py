@@ -521,7 +521,7 @@ def test_save_and_load(tmp_path):
     learn.fit()
     learn.load("third")
     learn.epochs_done = 3
-    train_together([learn])  # fast steps see the loaded tensors
+    train_together([learn])  # goes on from the loaded tensors
     assert torch.equal(weights(whole), weights(learn))
     learn.fit(0)
     first = learner(path=tmp_path)
