@@ -126,7 +126,11 @@ def test_every_listed_claim_and_number_has_its_row(shared):
 
 def test_the_paper_is_shown_beside_the_records(tmp_path):
     out, notebook = tmp_path / "out.ipynb", ROOT / "nbs/paper.ipynb"
-    papermill(out, "records", ROOT / "reports", notebook=notebook)
+    records = shutil.copytree(ROOT / "reports", tmp_path / "records", ignore=shutil.ignore_patterns("*.ipynb", "*.png"))
+    known = next((records / "mnist-heterogeneous").glob("DF-CNN-trial0-*"))
+    other = shutil.copytree(known, records / "in-turn/mnist-heterogeneous" / known.name) / "config.json"  # with settings of its own
+    other.write_text(other.read_text().replace('"uniform"', '"round-robin"'))
+    papermill(out, "records", records, notebook=notebook)
     read = lambda name: list(csv.DictReader((tmp_path / f"reports/paper/{name}.csv").open()))
     assert [row["id"] for row in read("scorecard")] == [c.id for c in claims()]
     assert len(read("targets")) == 200
@@ -139,6 +143,7 @@ def test_the_paper_is_shown_beside_the_records(tmp_path):
     assert shown.count("In the paper:") == 12 and shown.count("*Ours:* not run.") >= 4
     assert shown.count("image/png") >= 3  # forgetting, convergence, learning curves
     assert "SHORT RUN" in shown and "no record on Office-Home" in shown
+    assert "loss mean, mean_squares_restart epoch" in shown and "tasks drawn round-robin" in shown
 
 
 def test_the_paper_trains_for_so_many_hours_and_shows_it(tmp_path, shared):

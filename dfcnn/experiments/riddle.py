@@ -236,13 +236,7 @@ def candidate_of(
             return c.name, method
     return "", ""
 
-# %% ../../nbs/40_riddle.ipynb #fe7a7998
-def _as_released(records: Sequence[Record]) -> list[Record]:
-    "One record, for its caption: without the variant, which is the candidate's and may not be listed where records are read."
-    config = records[0].config
-    return [replace(records[0], config=replace(config, dataset=config.dataset.partition("-")[0], **LATER))]
-
-
+# %% ../../nbs/40_riddle.ipynb #b91f60e2
 def riddle_groups(records: Sequence[Record]) -> list[list[Record]]:  # the shortest runs first
     "Records of candidates, grouped into those that may stand in one table: the same length, tasks, seed and images."
     groups: dict[tuple, list[Record]] = {}
@@ -250,6 +244,12 @@ def riddle_groups(records: Sequence[Record]) -> list[list[Record]]:  # the short
         c = r.config
         groups.setdefault((c.epochs, c.tasks, c.seed, str(r.made_with.get("data"))), []).append(r)
     return [groups[k] for k in sorted(groups)]
+
+# %% ../../nbs/40_riddle.ipynb #fe7a7998
+def _as_released(records: Sequence[Record]) -> list[Record]:
+    "One record, for its caption: without the variant, which is the candidate's and may not be listed where records are read."
+    config = records[0].config
+    return [replace(records[0], config=replace(config, dataset=config.dataset.partition("-")[0], **LATER))]
 
 
 def riddle_caption(records: Sequence[Record]) -> str:  # of one group
