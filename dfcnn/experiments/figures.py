@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import asdict
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from textwrap import fill
@@ -32,17 +33,16 @@ from dfcnn.experiments.metrics import (
     forgetting_curve,
     mean_ci,
     peak_accuracy,
-    seconds,
     task_means,
 )
 from .records import Record
 
 # %% auto #0
 __all__ = ['SETTINGS', 'GREYS', 'LIFELONG_REPORT', 'ABLATION_REPORT', 'MULTITASK_REPORT', 'targets', 'target', 'parameter_table',
-           'size_table', 'comparable', 'by_method', 'caption', 'peak_table', 'panels', 'titled', 'finish',
-           'learning_curves', 'forgetting_figure', 'convergence_figure', 'progress_figure', 'matrix_figure',
-           'cost_table', 'by_fraction', 'error_table', 'cost_of_errors', 'error_curves', 'settings_of', 'report_suffix',
-           'write_report']
+           'size_table', 'comparable', 'by_method', 'caption', 'cost_table', 'peak_table', 'color_of', 'panels',
+           'titled', 'finish', 'learning_curves', 'forgetting_figure', 'convergence_figure', 'progress_figure', 'lead',
+           'lead_figure', 'lead_table', 'matrix_figure', 'by_fraction', 'error_table', 'cost_of_errors', 'error_curves',
+           'settings_of', 'report_suffix', 'write_report']
 
 # %% ../../nbs/36_figures.ipynb #e7311ba1
 def targets() -> pd.DataFrame:
@@ -165,31 +165,51 @@ def caption(
         title = title.replace(f" {DATASETS[c.dataset].fraction} of", f" {', '.join(fractions)} of")
     return f"{title}. {counted}{few}, {length}{scored}{other}{seed}."
 
+# %% ../../nbs/36_figures.ipynb #94695b3a
+def cost_table(records: Sequence[Record]) -> pd.DataFrame:  # a row for each method
+    "Parameters: shared, of a task on average, grown in training (DEN); and milliseconds of an epoch of training, the median."
+    c, rows = records[0].config, {}
+    for method, rs in by_method(records).items():
+        network = build_shapes(method, DATASETS[c.dataset].architecture, c.classes)
+        start, shared = count_parameters(network), sum(p.numel() for p in network.shared())
+        total = np.mean([r.summary["parameters"] for r in rs])
+        epoch = np.mean([1000 * r.summary["epoch_seconds"] for r in rs])
+        rows[title_of(method)] = {
+            "parameters": f"{total:,.0f}",
+            "shared at the start": f"{shared:,}",
+            "of each task": f"{(start - shared) / c.tasks:,.0f}",
+            "grown": f"{total - start:,.0f}",
+            "ms per epoch": f"{epoch:.0f}",
+        }
+    return pd.DataFrame(rows).T.rename_axis("model")
+
 # %% ../../nbs/36_figures.ipynb #bc6e8c41
 def peak_table(records: Sequence[Record]) -> pd.DataFrame:  # a row for each method, values as text
     "The table of Fig. 3a and 5a, with the figures of Sec. 4.2 that the paper shows as plots."
 
-    def cell(rs: list[Record], key: str, form: str = "{:.1f}", scale: float = 1, more: str = "") -> str:
-        mean, half = mean_ci([(r.summary[key] + r.summary.get(more, 0)) * scale for r in rs])
+    def cell(rs: list[Record], key: str, form: str = "{:.1f}", scale: float = 1) -> str:
+        mean, half = mean_ci([r.summary[key] * scale for r in rs])
         return form.format(mean) + ("" if np.isnan(half) else f" ± {form.format(half).lstrip('+')}")
 
     c, rows = records[0].config, {}
+    costs = cost_table(records)
     everything = c.tasks == len(DATASETS[c.dataset].groups())
     for method, rs in by_method(records).items():
         title = title_of(method)
         step = max(convergence_step(r.history) for r in rs)
-        finely = f" (to {step})" if step > 1 else ""
+        finely = f" (scored every {step})" if step > 1 else ""
         row = {
-            "parameters": f"{np.mean([r.summary['parameters'] for r in rs]):,.0f}",
+            **costs.loc[title, ["parameters", "shared at the start"]],
             "peak accuracy (%)": cell(rs, "peak_accuracy", scale=100),
             "at best validation (%)": cell(rs, "accuracy_at_best_valid", scale=100),
             "end of its task (%)": cell(rs, "end_of_task_accuracy", scale=100),
+            "training images at the end of its task (%)": cell(rs, "training_accuracy", scale=100),
             "forgetting ratio": cell(rs, "forgetting_ratio", "{:.3f}"),
             "retained since the end of its task": cell(rs, "forgetting_ratio_of_end", "{:.3f}"),
             "backward transfer (points)": cell(rs, "backward_transfer", "{:+.1f}", 100),
             "epochs to 98% of peak": cell(rs, "convergence_epochs") + finely,
-            "training (s)": cell(rs, "training_seconds", "{:.0f}", more="pretraining_seconds"),
-            "evaluation (s)": cell(rs, "evaluation_seconds", "{:.0f}"),
+            "epochs to 98% of the level at the end": cell(rs, "convergence_epochs_of_level") + finely,
+            "ms per epoch": costs.loc[title, "ms per epoch"],
         }
         if not DATASETS[c.dataset].stand_in:
             peak, half = target(c.dataset, title, "peak_per_task_accuracy")
@@ -202,6 +222,17 @@ def peak_table(records: Sequence[Record]) -> pd.DataFrame:  # a row for each met
 
 # %% ../../nbs/36_figures.ipynb #68fe6ef9
 GREYS = {"STL": "0.25", "STL-large": "0.65"}  # dotted lines of reference
+_COLORS = {  # related methods in related colours
+    "STL": "C0", "STL-large": "C9", "HPS": "C1", "SNN": "C7", "ProgNN": "C2", "DEN": "C4", "TF": "C5", "TF-uniform": "tan", "TF-distillation": "C8",
+    "DF-CNN": "C3", "DF-CNN-reduced": "C6", "DF-CNN.direct": "darkred", "DF-CNN.tc2": "darkorange",
+}
+
+
+def color_of(
+    method: str,  # a key of `METHODS`
+) -> str:  # as matplotlib knows it
+    "The colour of a method, which is the same in all figures."
+    return _COLORS.get(method) or f"C{[*METHODS, method].index(method) % 10}"
 
 
 def panels(
@@ -276,73 +307,99 @@ def learning_curves(records: Sequence[Record]) -> plt.Figure:
         ax.grid(alpha=0.3)
     fig.supxlabel("epochs of the run", fontsize=9)
     fig.supylabel("test accuracy (%)", fontsize=9)
-    return finish(fig, records, "Mean test accuracy in lifelong learning (as Fig. 4); dotted: peak of STL")
+    dotted = {"STL": "dark", "STL-large": "light"}
+    said = " and ".join(f"{title_of(m)} ({dotted[m]})" for m in GREYS if m in groups)
+    return finish(fig, records, "Mean test accuracy in lifelong learning (as Fig. 4)" + f"; dotted: peaks of {said}" * bool(said))
 
 # %% ../../nbs/36_figures.ipynb #55078632
-def _by_method_plot(
-    records: Sequence[Record], metric: Callable, title: str, x: str, y: str, shift: int = 0
-) -> plt.Figure:
+def _draw_by_method(ax: plt.Axes, records: Sequence[Record], metric: Callable, x: str, y: str, shift: int = 0) -> None:
     "One line for each method: a metric against the index of its series, with the interval over trials."
-    fig, ax = plt.subplots(figsize=(8, 3.4), layout="constrained")
-    for i, (method, rs) in enumerate(by_method(records).items()):
+    for method, rs in by_method(records).items():
         m = _mean_over_trials(rs, metric)
-        ax.errorbar(
-            m.index + shift,
-            m["mean"],
-            None if m.half.isna().all() else m.half,
-            color=f"C{i % 10}",
-            marker="os^D"[i // 10 % 4],
-            ms=3,
-            lw=1.2,
-            capsize=2,
-            label=title_of(method),
-        )
+        bars = None if m.half.isna().all() else m.half
+        ax.errorbar(m.index + shift, m["mean"], bars, color=color_of(method), marker="o", ms=3, lw=1.2, capsize=2, label=title_of(method))
     ax.set(xlabel=x, ylabel=y)
     ax.xaxis.get_major_locator().set_params(integer=True)
     ax.grid(alpha=0.3)
-    fig.legend(fontsize=8, loc="outside right center")
-    return finish(fig, records, title)
 
 
 def forgetting_figure(records: Sequence[Record]) -> plt.Figure:
-    "Catastrophic forgetting ratio by the number of tasks learned since (Fig. 3b and 5b)."
-    return _by_method_plot(
-        records,
-        forgetting_curve,
-        "Catastrophic forgetting ratio (as Fig. 3b)",
-        "tasks learned since",
-        "accuracy / peak accuracy",
-    )
+    "Forgetting ratio by the number of tasks learned since (Fig. 3b and 5b), and beside it what is kept of the accuracy at the end of a task."
+    fig, axs = plt.subplots(1, 2, figsize=(10, 3.4), sharey=True, layout="constrained")
+    for ax, of, against in zip(axs, ("peak", "end"), ("its peak", "the end of its training")):
+        _draw_by_method(ax, records, partial(forgetting_curve, of=of), "tasks learned since", "share of accuracy kept")
+        ax.axhline(1, color="0.6", lw=0.8)
+        ax.set_title(f"against {against}", fontsize=9)
+    fig.legend(*axs[0].get_legend_handles_labels(), fontsize=8, loc="outside right center")
+    return finish(fig, records, "Forgetting. Left: the paper's ratio (as Fig. 3b), which is below 1 even where nothing is forgotten. Right: what later tasks have left")
 
 
 def convergence_figure(records: Sequence[Record]) -> plt.Figure:
-    "Epochs to 98% of the peak accuracy, for each task in order (Fig. 5c), and how finely they are known."
-    step = max(convergence_step(r.history) for r in records)
-    return _by_method_plot(
-        records,
-        convergence_epochs,
-        "Speed of convergence (as Fig. 5c)",
-        "task",
-        f"epochs to 98% of peak{f' (to {step})' if step > 1 else ''}",
-        shift=1,
-    )
+    "Epochs to 98% of the peak accuracy, for each task in order (Fig. 5c)."
+    fig, ax = plt.subplots(figsize=(8, 3.4), layout="constrained")
+    _draw_by_method(ax, records, convergence_epochs, "task", "epochs to 98% of peak", shift=1)
+    fig.legend(fontsize=8, loc="outside right center")
+    return finish(fig, records, "Speed of convergence (as Fig. 5c)")
+
 
 # %% ../../nbs/36_figures.ipynb #7d37cfd4
 def progress_figure(records: Sequence[Record]) -> plt.Figure:
     "Mean test accuracy of a task by the epochs it has been trained for, with the interval over trials; dotted: the paper's peaks."
     fig, ax = plt.subplots(figsize=(8, 3.4), layout="constrained")
-    for i, (method, rs) in enumerate(by_method(records).items()):
-        m, color, title = 100 * _mean_over_trials(rs, accuracy_by_epoch), f"C{i % 10}", title_of(method)
-        ax.plot(m["mean"], color=color, ls="-" if i < 10 else "--", lw=1.4, label=title)
+    printed = False
+    for method, rs in by_method(records).items():
+        m, color, title = 100 * _mean_over_trials(rs, accuracy_by_epoch), color_of(method), title_of(method)
+        ax.plot(m["mean"], color=color, lw=1.4, label=title)
         ax.fill_between(m.index, m["mean"] - m.half, m["mean"] + m.half, color=color, alpha=0.2, lw=0)
         peak, _ = target(rs[0].config.dataset, title, "peak_per_task_accuracy")
         if not np.isnan(peak):
             ax.axhline(peak, color=color, ls=":", lw=1.2)
+            printed = True
     ax.set(xscale="log", xlabel="epochs of the task", ylabel="test accuracy (%)")
     ax.xaxis.set_major_formatter("{x:g}")
     ax.grid(alpha=0.3)
     fig.legend(fontsize=8, loc="outside right center")
-    return finish(fig, records, "Accuracy of a task while it is trained, mean over the tasks")
+    dotted = "; dotted: the peaks that the paper prints (a mean of peaks lies a little above its curve)" * printed
+    return finish(fig, records, "Accuracy of a task while it is trained, mean over the tasks" + dotted)
+
+# %% ../../nbs/36_figures.ipynb #6af138f8
+def lead(records: Sequence[Record]) -> dict[str, pd.DataFrame]:  # method -> trials x places in the sequence, points
+    "Peak accuracy of each task less STL's on the same task of the same trial; without a method where STL has no such trial."
+    groups = by_method(records)
+    peaks = {m: pd.DataFrame({r.config.trial: 100 * peak_accuracy(r.history) for r in rs}).T for m, rs in groups.items()}
+    single = peaks.pop("STL", pd.DataFrame())
+    return {m: found for m, p in peaks.items() if len(found := (p - single).dropna())}
+
+
+def lead_figure(records: Sequence[Record]) -> plt.Figure | None:  # None where there is nothing to compare
+    "Peak accuracy above that of STL, by the place of a task in the sequence, with the interval over trials."
+    leads = lead(records)
+    if not leads:
+        return None
+    fig, ax = plt.subplots(figsize=(8, 3.4), layout="constrained")
+    for i, (method, points) in enumerate(leads.items()):
+        m = points.apply(lambda column: pd.Series(mean_ci(column), ["mean", "half"])).T
+        bars = None if m.half.isna().all() else m.half
+        ax.errorbar(m.index + 1 + 0.05 * i, m["mean"], bars, color=color_of(method), marker="o", ms=3, lw=1.2, capsize=2, label=title_of(method))
+    ax.axhline(0, color=color_of("STL"), lw=1, label=title_of("STL"))
+    ax.set(xlabel="place of the task in the sequence", ylabel="peak accuracy above STL (points)")
+    ax.xaxis.get_major_locator().set_params(integer=True)
+    ax.grid(alpha=0.3)
+    fig.legend(fontsize=8, loc="outside right center")
+    return finish(fig, records, "Peak accuracy above that of STL, task by task. On the first task there is nothing to transfer yet")
+
+
+def lead_table(records: Sequence[Record]) -> pd.DataFrame:  # a row for each method, values as text
+    "The lead over STL on the first task and on later ones, beside the parameters that tasks share and those of a task's own."
+    costs, rows = cost_table(records), {}
+    form = lambda values: "{:+.1f}".format(mean_ci(values)[0]) + ("" if len(values) < 2 else " ± {:.1f}".format(mean_ci(values)[1]))
+    for method, points in lead(records).items():
+        first, later = points[0], points.drop(columns=0).mean(axis=1)
+        known = {"first task": first, "later tasks": later, "later less first": later - first}
+        own = costs.loc[title_of(method), ["shared at the start", "of each task"]]
+        rows[title_of(method)] = {f"{k} (points)": form(v.to_numpy()) for k, v in known.items() if v.notna().all()} | dict(own)
+    return pd.DataFrame(rows).T.fillna("").rename_axis("model")
+
 
 # %% ../../nbs/36_figures.ipynb #b4fd126f
 def matrix_figure(records: Sequence[Record]) -> plt.Figure:
@@ -376,24 +433,6 @@ def matrix_figure(records: Sequence[Record]) -> plt.Figure:
     fig.supxlabel("test accuracy on task", fontsize=9)
     fig.supylabel("after learning task", fontsize=9)
     return finish(fig, records, "Accuracy matrix (%)")
-
-# %% ../../nbs/36_figures.ipynb #94695b3a
-def cost_table(records: Sequence[Record]) -> pd.DataFrame:  # a row for each method
-    "Parameters: shared, of a task on average, grown in training (DEN); and milliseconds of an epoch of training."
-    c, rows = records[0].config, {}
-    for method, rs in by_method(records).items():
-        network = build_shapes(method, DATASETS[c.dataset].architecture, c.classes)
-        start, shared = count_parameters(network), sum(p.numel() for p in network.shared())
-        total = np.mean([r.summary["parameters"] for r in rs])
-        epoch = np.mean([1000 * seconds(r.history).training / len(c.task_of_epoch) for r in rs])
-        rows[title_of(method)] = {
-            "parameters": f"{total:,.0f}",
-            "shared at the start": f"{shared:,}",
-            "of each task": f"{(start - shared) / c.tasks:,.0f}",
-            "grown": f"{total - start:,.0f}",
-            "ms per epoch": f"{epoch:.0f}",
-        }
-    return pd.DataFrame(rows).T.rename_axis("model")
 
 # %% ../../nbs/36_figures.ipynb #ea0d73b9
 def by_fraction(records: Sequence[Record]) -> dict[str, list[Record]]:  # fraction -> records
@@ -450,10 +489,9 @@ def error_curves(records: Sequence[Record]) -> plt.Figure:
     groups = by_fraction(records)
     fig, axs = panels(len(groups), 4.6 if len(groups) > 1 else 7, 3.4, sharex=True)
     for ax, (fraction, group) in zip(axs, groups.items()):
-        for i, (method, rs) in enumerate(by_method(group).items()):
+        for method, rs in by_method(group).items():
             error = 100 * (1 - pd.concat([task_means(r.history).test for r in rs], axis=1).mean(axis=1))
-            style = dict(color=f"C{i % 10}", ls=["-", "--"][i // 10 % 2], lw=1.2)
-            ax.plot(error[error.index > 0], label=title_of(method), **style)
+            ax.plot(error[error.index > 0], label=title_of(method), color=color_of(method), lw=1.2)
         ax.set_title(fraction, fontsize=9)
         ax.set_yscale("log")
         ax.yaxis.set(
@@ -473,6 +511,7 @@ LIFELONG_REPORT = {
     "convergence.png": convergence_figure,
     "progress.png": progress_figure,
     "accuracy_matrix.png": matrix_figure,
+    "lead.png": lead_figure,
 }
 ABLATION_REPORT = {**LIFELONG_REPORT, "costs.csv": cost_table}
 MULTITASK_REPORT = {"table.csv": error_table, "costs.csv": cost_of_errors, "errors.png": error_curves}
@@ -507,9 +546,12 @@ def write_report(
         suffix = report_suffix(settings, json.loads((folder / "report.json").read_text())["settings"])
     except (OSError, ValueError, LookupError, TypeError):
         suffix = ""  # this is the first
-    paths = [folder / name.replace(".", suffix + ".") for name in report]
-    for path, draw in zip(paths, report.values()):
-        drawn = draw(records)
+    paths = []
+    for name, draw in report.items():
+        drawn, path = draw(records), folder / name.replace(".", suffix + ".")
+        if drawn is None:  # these records have nothing to show there
+            continue
+        paths.append(path)
         with writing(path) as part:
             if path.suffix == ".csv":
                 drawn.to_csv(part)

@@ -15,8 +15,8 @@ from ..core import check_choice
 
 # %% auto #0
 __all__ = ['own_phase', 'peak_accuracy', 'accuracy_at_best_valid', 'accuracy_matrix', 'forgetting_ratio', 'forgetting_curve',
-           'backward_transfer', 'convergence_epochs', 'convergence_step', 'accuracy_by_epoch', 'seconds', 'mean_ci',
-           'task_means', 'summarize_together', 'summarize']
+           'backward_transfer', 'level', 'convergence_epochs', 'convergence_step', 'scored_every', 'accuracy_by_epoch',
+           'seconds', 'epoch_seconds', 'mean_ci', 'task_means', 'summarize_together', 'summarize']
 
 # %% ../../nbs/30_metrics.ipynb #7f8412ea
 def own_phase(
@@ -65,11 +65,15 @@ def forgetting_ratio(
     return R / reference.where(reference > 0)
 
 # %% ../../nbs/30_metrics.ipynb #eaa3f570
-def forgetting_curve(history: pd.DataFrame) -> pd.Series:  # indexed by the number of tasks learned since
+def forgetting_curve(
+    history: pd.DataFrame,
+    of: str = "peak",  # or "end": see `forgetting_ratio`
+) -> pd.Series:  # indexed by the number of tasks learned since
     "Mean forgetting ratio by the number of tasks that were learned after."
-    ratio = forgetting_ratio(history).stack().dropna()
+    ratio = forgetting_ratio(history, of).stack().dropna()
     since = ratio.index.get_level_values("trained") - ratio.index.get_level_values("evaluated")
     return ratio.groupby(since.rename("tasks learned since")).mean()
+
 
 # %% ../../nbs/30_metrics.ipynb #091706dc
 def backward_transfer(history: pd.DataFrame) -> float:  # in accuracy, -1 to 1; NaN with a single task
@@ -79,21 +83,42 @@ def backward_transfer(history: pd.DataFrame) -> float:  # in accuracy, -1 to 1; 
     return float(gain.iloc[:-1].mean())
 
 # %% ../../nbs/30_metrics.ipynb #e05d5809
+def level(history: pd.DataFrame) -> pd.Series:  # indexed by task, 0 to 1
+    "Mean test accuracy of each task over the last tenth of its own training."
+    own = own_phase(history)
+    late = own.task_epoch > 0.9 * own.groupby(level=0).task_epoch.transform("max")
+    return own[late].groupby(level=0).accuracy.mean()
+
+
 def convergence_epochs(
     history: pd.DataFrame,
-    share: float = 0.98,  # of the peak
+    share: float = 0.98,  # of the reference
+    of: str = "peak",  # or "level": the mean over the last tenth of the training
 ) -> pd.Series:  # indexed by task
-    "Epochs until each task's test accuracy first reaches `share` of its peak (Sec. 4.2)."
+    "Epochs until each task's test accuracy first reaches `share` of its peak (Sec. 4.2), or of its level."
     own = own_phase(history)
-    enough = own[own.accuracy >= share * own.groupby(level=0).accuracy.transform("max") - 1e-6]  # a history has six digits
+    reference = {"peak": peak_accuracy, "level": level}[check_choice("reference", of, ["peak", "level"])](history)
+    enough = own[own.accuracy >= share * reference.reindex(own.index) - 1e-6]  # a history has six digits
     return enough.groupby(level=0).task_epoch.min()
+
 
 # %% ../../nbs/30_metrics.ipynb #7224dbf9
 def convergence_step(
     history: pd.DataFrame,  # a table of scores
 ) -> int:  # epochs
-    "Epochs between two scores of a task in its own phase, the most there are: what `convergence_epochs` is known to."
+    "Epochs between two scores of a task in its own phase, the most there are."
     return int(own_phase(history).groupby(level=0).task_epoch.agg(lambda e: e.diff().fillna(e).max()).max())
+
+# %% ../../nbs/30_metrics.ipynb #02375c23
+def scored_every(
+    history: pd.DataFrame,  # a table of scores
+    epochs: int,
+) -> pd.DataFrame:
+    "The same, had each task been scored only after every so many epochs of its own training, and at its end."
+    end = history.groupby("trained").task_epoch.transform("max")
+    due = (history.task_epoch % epochs == 0) | (history.task_epoch == end)
+    return history[due | (history.split == "train")]
+
 
 # %% ../../nbs/30_metrics.ipynb #eba215e8
 def accuracy_by_epoch(history: pd.DataFrame) -> pd.Series:  # indexed by the epochs that a task has had, 0 to 1
@@ -107,6 +132,12 @@ def seconds(history: pd.DataFrame) -> pd.Series:  # 'training', 'evaluation'
     return pd.Series(
         dict(training=history.seconds[training].sum(), evaluation=history.seconds[~training].sum())
     )
+
+
+def epoch_seconds(history: pd.DataFrame) -> pd.Series:  # indexed by task
+    "Seconds of a training epoch of each task, the median over its epochs."
+    return history[history.split == "train"].groupby("trained").seconds.median()
+
 
 # %% ../../nbs/30_metrics.ipynb #c2367bfb
 def mean_ci(
@@ -147,7 +178,7 @@ def summarize_together(
 def summarize(
     history: pd.DataFrame,  # a table of scores of tasks that came one by one
 ) -> dict[str, float]:
-    "The figures by which the paper compares methods, for one run; accuracies from 0 to 1."
+    "The figures by which the paper compares methods, and some that explain them, for one run; accuracies from 0 to 1."
     ratio = forgetting_ratio(history).iloc[-1].iloc[:-1]
     return dict(
         peak_accuracy=float(peak_accuracy(history).mean()),
@@ -158,7 +189,10 @@ def summarize(
         forgetting_ratio_of_end=float(forgetting_ratio(history, of="end").iloc[-1].iloc[:-1].mean()),
         backward_transfer=backward_transfer(history),
         convergence_epochs=float(convergence_epochs(history).mean()),
+        convergence_epochs_of_level=float(convergence_epochs(history, of="level").mean()),
         convergence_step=convergence_step(history),
+        training_accuracy=float(own_phase(history, "train").accuracy.groupby(level=0).last().mean()),
+        epoch_seconds=float(epoch_seconds(history).mean()),
         training_seconds=float(seconds(history).training),
         evaluation_seconds=float(seconds(history).evaluation),
     )

@@ -21,15 +21,17 @@ from ..data.tasks import DataSet, Task
 from ..methods.base import Dropout
 from ..methods.registry import METHODS, register, title_of
 from .configuration import LATER, TRAINING, RunConfig
-from .figures import finish, panels, caption, target
-from .metrics import accuracy_by_epoch
+from .figures import caption, color_of, finish, panels, target
+from .metrics import accuracy_by_epoch, own_phase
+from .paper import images_of_task
 from .records import Record, load_record
 from .runs import run
 from .studies import scoring_interval, split_names
 
 # %% auto #0
-__all__ = ['VARIANTS', 'CANDIDATES', 'METHODS_ASKED', 'in_order', 'ScaledAtOnce', 'scaled_at_once', 'DropoutAlways', 'Candidate',
-           'Riddle', 'riddle_study', 'candidate_of', 'riddle_groups', 'riddle_caption', 'riddle_table', 'riddle_figure']
+__all__ = ['VARIANTS', 'CANDIDATES', 'METHODS_ASKED', 'SIGNS', 'in_order', 'ScaledAtOnce', 'scaled_at_once', 'DropoutAlways',
+           'Candidate', 'Riddle', 'riddle_study', 'candidate_of', 'riddle_groups', 'riddle_caption', 'accuracy_after',
+           'is_above', 'signs', 'riddle_table', 'riddle_figure']
 
 # %% ../../nbs/40_riddle.ipynb #17e8f937
 def in_order(
@@ -257,33 +259,67 @@ def riddle_caption(records: Sequence[Record]) -> str:  # of one group
     return caption(_as_released(records))
 
 # %% ../../nbs/40_riddle.ipynb #786a463f
+SIGNS = ("DF-CNN ahead of STL", "DF-CNN twice as fast", "HPS behind STL on later tasks", "STL below its peak in the paper")
+
+
+def accuracy_after(
+    record: Record,
+    epochs: float,  # of each task
+    tasks: Sequence[int],  # by their places in the sequence
+) -> float:  # 0 to 1
+    "Mean test accuracy of some tasks when each has had so many epochs, between two scores on the line that joins them."
+    own = own_phase(record.history)
+    course = own[own.index.isin(tasks)].groupby("task_epoch").accuracy.mean()
+    return float(np.interp(epochs, course.index, course))
+
+
+def is_above(
+    a: float,  # accuracy, 0 to 1
+    b: float,
+    images: int,  # on which each was measured
+) -> str:  # "yes", "no", or "unclear" within two standard errors
+    "Is one accuracy above another, as far as so many test images can tell?"
+    error = ((a * (1 - a) + b * (1 - b)) / images) ** 0.5
+    return "unclear" if abs(a - b) < 2 * error else "yes" if a > b else "no"
+
+
+def signs(
+    runs: dict[str, Record],  # of one candidate, by method
+) -> dict[str, str]:  # of those of `SIGNS` that they can show
+    "Whether the runs of a candidate look like the paper."
+    if "STL" not in runs:
+        return {}
+    c = runs["STL"].config
+    tasks, images = range(c.tasks), images_of_task(c.dataset.partition("-")[0])[2]
+    at = lambda method, epochs=c.epochs, tasks=tasks: accuracy_after(runs[method], epochs, tasks)
+    found = {}
+    if "DF-CNN" in runs:
+        found[SIGNS[0]] = is_above(at("DF-CNN"), at("STL"), images * c.tasks)
+        found[SIGNS[1]] = is_above(at("DF-CNN", c.epochs / 2), at("STL"), images * c.tasks)
+    if "HPS" in runs and c.tasks > 1:
+        found[SIGNS[2]] = is_above(at("STL", tasks=tasks[1:]), at("HPS", tasks=tasks[1:]), images * (c.tasks - 1))
+    paper, _ = target("cifar100", "STL", "peak_per_task_accuracy")
+    return found | {SIGNS[3]: is_above(paper / 100, at("STL"), images * c.tasks)}
+
+
 def riddle_table(
     records: Sequence[Record],  # of one group
 ) -> pd.DataFrame:  # a row for each candidate, and the paper's; values as text
-    "What each candidate reaches, half-way and at the end, and whether that looks like the paper."
-    found: dict[str, dict[str, tuple[float, float]]] = {}
+    "What each candidate reaches, half-way and at the end, and which of the `SIGNS` it shows."
+    found: dict[str, dict[str, Record]] = {}
     for r in records:
         name, method = candidate_of(r.config)
         if name:
-            course = 100 * accuracy_by_epoch(r.history)
-            half = float(np.interp(r.config.epochs / 2, course.index, course))
-            found.setdefault(name, {})[method] = half, float(course.iloc[-1])
+            found.setdefault(name, {})[method] = r
     rows = {}
     for name in (n for n in CANDIDATES if n in found):
-        at = found[name]
-        row = {m: f"{at[m][0]:.1f} → {at[m][1]:.1f}" if m in at else "" for m in METHODS_ASKED}
-        says = {}
-        if "STL" in at:
-            end = at["STL"][1]
-            others = {"DF-CNN ahead of STL": ("DF-CNN", 1), "HPS behind STL": ("HPS", -1)}
-            says = {k: sign * (at[m][1] - end) > 0 for k, (m, sign) in others.items() if m in at}
-            says["STL slow"] = end < target("cifar100", "STL", "peak_per_task_accuracy")[0]
-        rows[name] = row | {k: "yes" if v else "no" for k, v in says.items()}
-    marks = ("DF-CNN ahead of STL", "HPS behind STL", "STL slow")
-    rows["the paper (peak, 2,000 epochs)"] = {
-        m: f"{target('cifar100', title_of(m), 'peak_per_task_accuracy')[0]}" for m in METHODS_ASKED
-    } | dict.fromkeys(marks, "yes")
-    return pd.DataFrame(rows, index=[*METHODS_ASKED, *marks]).T.fillna("").rename_axis("candidate")
+        at = lambda r, epochs: 100 * accuracy_after(r, epochs, range(r.config.tasks))
+        course = {m: f"{at(r, r.config.epochs / 2):.1f} → {at(r, r.config.epochs):.1f}" for m, r in found[name].items()}
+        rows[name] = course | signs(found[name])
+    paper = {m: f"{target('cifar100', title_of(m), 'peak_per_task_accuracy')[0]}" for m in METHODS_ASKED}
+    rows["the paper (peak, 2,000 epochs)"] = paper | dict.fromkeys(SIGNS, "yes")
+    return pd.DataFrame(rows, index=[*METHODS_ASKED, *SIGNS]).T.fillna("").rename_axis("candidate")
+
 
 # %% ../../nbs/40_riddle.ipynb #89f2cfbd
 def riddle_figure(records: Sequence[Record]) -> plt.Figure:  # of one group
@@ -295,14 +331,14 @@ def riddle_figure(records: Sequence[Record]) -> plt.Figure:  # of one group
     groups = {n: groups[n] for n in CANDIDATES if n in groups}
     fig, axs = panels(len(groups), 3.2, 2.2, sharex=True, sharey=True)
     for ax, (name, rs) in zip(axs, groups.items()):
-        for i, method in enumerate(METHODS_ASKED):
-            ax.axhline(target("cifar100", title_of(method), "peak_per_task_accuracy")[0], color=f"C{i}", ls=":", lw=1)
+        for method in METHODS_ASKED:
+            ax.axhline(target("cifar100", title_of(method), "peak_per_task_accuracy")[0], color=color_of(method), ls=":", lw=1)
             for r in rs:
                 if candidate_of(r.config)[1] == method:
-                    ax.plot(100 * accuracy_by_epoch(r.history), color=f"C{i}", lw=1.5, label=title_of(method))
+                    ax.plot(100 * accuracy_by_epoch(r.history), color=color_of(method), lw=1.5, label=title_of(method))
         ax.set_title(name, fontsize=9)
         ax.grid(alpha=0.3)
     fig.legend(*axs[0].get_legend_handles_labels(), fontsize=8, loc="outside right center")
     fig.supxlabel("epochs of the task", fontsize=9)
     fig.supylabel("test accuracy (%)", fontsize=9)
-    return finish(fig, _as_released(records), "The candidates")
+    return finish(fig, _as_released(records), "The candidates; dotted: the peaks that the paper prints")
