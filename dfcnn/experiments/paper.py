@@ -276,7 +276,7 @@ def describe(self: Paper) -> str:  # Markdown
     "What this machine can do in the time, in words."
     left = sum(hours for _, _, hours, _, _ in self.rows)
     where = f"on {self.device}, {self.workers} run{'s' * (self.workers > 1)} at a time"
-    lines = [f"All that is missing takes about **{left:,.0f} hours** {where}."]
+    lines = [f"All that is missing takes about **{float(f'{left:.1g}'):,g} hours** {where}."]
     if self.hours:
         whole = [s.what for s, missing, _, when, _ in self.rows if when == "in the time" and missing]
         part = [s.what for s, _, _, when, _ in self.rows if when == "begun"]

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, fields, replace
 from functools import cache
 from pathlib import Path
 from typing import Callable, Sequence
@@ -48,6 +48,7 @@ from dfcnn.experiments.metrics import (
     own_phase,
     peak_accuracy,
     seconds,
+    summarize,
     summarize_together,
 )
 from .records import Record, load_records
@@ -56,12 +57,12 @@ from .records import Record, load_records
 __all__ = ['WIDE', 'NONE', 'APART', 'LENGTH', 'LEANS', 'NOT_RUN', 'PEAK', 'PEAK_OF_SEEN', 'SLOPE', 'MOST_CHANGED', 'EARLY_LOSS',
            'LATE_CHANGE', 'FIRST_KEPT', 'BACKWARD', 'LATE_GAIN', 'KEPT', 'SPEED', 'PEAK_AT', 'SECONDS', 'ERROR',
            'POINTS', 'NOTHING', 'FIFTH', 'C', 'O', 'OTHERS', 'SIZED', 'DFS', 'MNIST', 'CIFAR', 'less', 'more',
-           'no_better', 'TIME', 'PRINTED', 'WORDS', 'ON_CIFAR100', 'ON_HOME', 'OF_TASKS_TOGETHER', 'SHOWN', 'Rule',
-           'above', 'below', 'within', 'studies', 'variant', 'once', 'Metric', 'schedule_of', 'effect', 'doubts',
-           'Evidence', 'single', 'difference', 'ratio', 'Counted', 'peak_of', 'kept_after', 'Claim', 'accuracy_claims',
-           'forgetting_claims', 'transfer_claims', 'cost_claims', 'home_claims', 'of_table', 'against',
-           'multitask_claims', 'claims', 'findings', 'command', 'scorecard', 'target_table', 'Shown', 'SideBySide',
-           'side_by_side', 'on_tasks', 'tasks_of', 'by_settings']
+           'no_better', 'TIME', 'PRINTED', 'WORDS', 'ON_CIFAR100', 'ON_HOME', 'OF_TASKS_TOGETHER', 'SHOWN', 'COMPARED',
+           'Rule', 'above', 'below', 'within', 'studies', 'variant', 'once', 'Metric', 'schedule_of', 'effect',
+           'doubts', 'Evidence', 'single', 'difference', 'ratio', 'Counted', 'peak_of', 'kept_after', 'Claim',
+           'accuracy_claims', 'forgetting_claims', 'transfer_claims', 'cost_claims', 'home_claims', 'of_table',
+           'against', 'multitask_claims', 'claims', 'findings', 'command', 'scorecard', 'target_table', 'Shown',
+           'SideBySide', 'side_by_side', 'on_tasks', 'tasks_of', 'by_settings', 'methods_by_settings']
 
 # %% ../../nbs/38_verdicts.ipynb #9f659e1d
 @dataclass(frozen=True)
@@ -1047,4 +1048,29 @@ def by_settings(
             columns |= {(title, k): list(card[k][ids]) for k in ("effect", "leans", "verdict", "schedule")}
         tables[name] = pd.DataFrame(columns)
     return tables
+
+
+# %% ../../nbs/38_verdicts.ipynb #fd6b4446
+COMPARED = {  # figures of `summarize` -> title, scale, form
+    "peak_accuracy": ("peak accuracy (%)", 100, "{:.1f}"),
+    "end_of_task_accuracy": ("end of its task (%)", 100, "{:.1f}"),
+    "training_accuracy": ("training images at the end of its task (%)", 100, "{:.1f}"),
+    "convergence_epochs": ("epochs to 98% of peak", 1, "{:.0f}"),
+    "convergence_epochs_of_level": ("epochs to 98% of the level at the end", 1, "{:.0f}"),
+}
+
+
+def methods_by_settings(
+    published: Sequence[Record],
+    other: Sequence[Record],  # of one study with other settings
+) -> pd.DataFrame:  # a row for each method, "published → other" as text; means over trials
+    "What other settings do to each method, on the same tasks: the longest published study beside another."
+    same = next(iter(studies(on_tasks(published, tasks_of(other)))), [])
+    means = lambda records, m: pd.DataFrame([summarize(r.history) for r in records if r.config.method == m]).mean()
+    rows = {}
+    for m in dict.fromkeys(r.config.method for r in other):
+        if any(r.config.method == m for r in same):
+            a, b = means(same, m), means(other, m)
+            rows[title_of(m)] = {title: f"{form} → {form}".format(scale * a[k], scale * b[k]) for k, (title, scale, form) in COMPARED.items()}
+    return pd.DataFrame(rows).T.rename_axis("model")
 
