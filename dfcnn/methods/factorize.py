@@ -6,11 +6,13 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 from collections import OrderedDict
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from operator import index
+from threading import RLock
 from typing import Any, Sequence
 
 import pandas as pd
@@ -312,6 +314,7 @@ class Form:
 class FactorizedNetwork(LifelongNetwork):
     "A CNN for many tasks, whose filters each task generates from knowledge bases that all share."
 
+    elsewhere = False  # was a state loaded that began from other weights?
     may_rest = True  # a bias, or the scale of filters, has no effect before a normalization
     keeps: int = 1  # tasks whose filters are kept in evaluation
 
@@ -339,7 +342,9 @@ class FactorizedNetwork(LifelongNetwork):
         self.given = copy.deepcopy(own)
         self.shapes = {k: t.shape for k, t in tensors.items()}
         self.plain_parameters = count_parameters(net)
-        self.form = emptied(net).train()
+        self.register_buffer("origin", torch.zeros(8, dtype=torch.uint8, device=head.weight.device))
+        self.form, self.lock = emptied(net).train(), RLock()
+        self.note_origin(net)
         if check_choice("init", init, ["filters", "random"]) == "filters" and not head.weight.is_meta:
             self.start_from_filters(net)
 
@@ -349,7 +354,11 @@ class FactorizedNetwork(LifelongNetwork):
         return super().train(mode)
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "kept": {}}
+        return {k: v for k, v in self.__dict__.items() if k != "lock"} | {"kept": {}}
+
+    def __setstate__(self, state: dict):
+        super().__setstate__(state)
+        self.lock = RLock()
 
 # %% ../../nbs/18_factorize.ipynb #0a330e22
 @patch
@@ -365,6 +374,11 @@ def add_task(
     if not isinstance(name, str) or not name or name in self.names:
         there = f" There are: {', '.join(self.names)}." if self.names else ""
         raise BadInput(f"A task needs a name of its own, but it is {brief(name)}.{there}")
+    if self.elsewhere:
+        raise BadInput(
+            "The state that was loaded comes from a network that was factorized from other weights than this one, and a new task"
+            " would start from the wrong ones. Call `factorize` on the same network, with its weights, before you load the state."
+        )
     classes = self.arch.outputs if classes is None else check_number("classes", classes, 1, 10**6)
     self.outputs[len(self.tasks) :] = [classes]
     own = self.new_task(stream(self.seed, "init", "task", len(self.tasks)))
@@ -410,8 +424,27 @@ def load_state_dict(self: FactorizedNetwork, state: dict, *args, **kwargs):
         self.add_task(names[t], int(state[f"tasks.{t}.classes"]))
     self.kept.clear()
     state = OrderedDict(state)
+    mine = self.origin.clone()
+    self.elsewhere = not torch.equal(state.setdefault("origin", mine).to(mine.device), mine)
     state._metadata = self.state_dict()._metadata  # versions of layers, without which a normalization takes itself for an old one
     return nn.Module.load_state_dict(self, state, *args, **kwargs)
+
+# %% ../../nbs/18_factorize.ipynb #0f623bad
+@patch
+def note_origin(
+    self: FactorizedNetwork,
+    net: nn.Module,  # from whose values tasks start
+) -> None:
+    "Keep a checksum of all values but the head's, by which a state that began from others is told."
+    values = {k: v for k, v in tensors_of(net).items() if not fits(self.plan.head, k, net)}
+    if any(v.is_meta for v in values.values()):
+        return
+    h = hashlib.sha256()
+    for name, value in values.items():
+        h.update(name.encode())
+        h.update(value.detach().cpu().double().contiguous().numpy().tobytes())
+    self.origin.copy_(torch.frombuffer(bytearray(h.digest()[:8]), dtype=torch.uint8))
+
 
 # %% ../../nbs/18_factorize.ipynb #88aa20b8
 def uncast(device: torch.device):
@@ -443,6 +476,8 @@ def filters(self: FactorizedNetwork, task: int | str) -> list[tuple[torch.Tensor
     task = self.index_of(task)
     made_from = [*self.kb, *self.tasks[task].generators.parameters()]
     counted = lambda p: type(p) is nn.Parameter and not p.is_inference()  # does torch count its changes?
+    if self.training or torch.is_grad_enabled():
+        self.kept.clear()  # what follows may be a step that torch does not count
     if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling() or not all(map(counted, made_from)):
         return self.generate(task)
     known, filters = self.kept.pop(task, ([], None))
@@ -477,7 +512,8 @@ def forward(
     "Logits of one task, or for each image those of its task, filled up with -inf where another task has more classes."
     if isinstance(task, (list, tuple)) or isinstance(task, torch.Tensor) and task.dim():
         return self.forward_each(x, [self.index_of(t) for t in task])
-    return functional_call(self.form, self.tensors(self.index_of(task)), (x,))
+    with nullcontext() if torch.compiler.is_compiling() else self.lock:
+        return functional_call(self.form, self.tensors(self.index_of(task)), (x,))
 
 
 @patch
@@ -647,6 +683,7 @@ def task_network(
 ) -> nn.Module:  # in evaluation mode
     "The plain network of a task, of the type that was given, with values of its own."
     task = self.index_of(task)
+    self.kept.clear()  # what is written out is made anew
     net = copy.deepcopy(self.form)
     path, _, last = self.plan.head.rpartition(".")
     with torch.device("meta"):  # nothing is drawn
