@@ -11,6 +11,7 @@ import hashlib
 import os
 import re
 import tempfile
+import unicodedata
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -20,8 +21,8 @@ import numpy as np
 import torch
 
 # %% auto #0
-__all__ = ['LARGEST', 'BadInput', 'brief', 'simplify', 'check_choice', 'check_number', 'check_path', 'stream_seed', 'stream',
-           'seeded', 'pick_device', 'keep_memory', 'writing', 'write_text', 'cache_dir']
+__all__ = ['LARGEST', 'BadInput', 'brief', 'composed', 'simplify', 'check_choice', 'check_number', 'check_path', 'stream_seed',
+           'stream', 'seeded', 'pick_device', 'keep_memory', 'writing', 'write_text', 'cache_dir']
 
 # %% ../nbs/00_core.ipynb #08872d6c
 class BadInput(ValueError):
@@ -40,9 +41,14 @@ def brief(value: Any) -> str:
     return text if len(text) <= 100 else f"{text[:60]}... ({len(text)} characters)"
 
 # %% ../nbs/00_core.ipynb #3c79050a
+def composed(name: str) -> str:
+    "`name` with each accented letter as one character: a Mac writes names of files with two."
+    return unicodedata.normalize("NFC", str(name))
+
+
 def simplify(name: str) -> str:
     "`name` in lower case, letters and digits only: the form in which names are compared. Numbers stay apart, so that 3.0 is not 30."
-    apart = re.sub(r"(?<=\d)[\W_]+(?=\d)", "p", str(name).lower())
+    apart = re.sub(r"(?<=\d)[\W_]+(?=\d)", "p", composed(name).lower())
     return "".join(ch for ch in apart if ch.isalnum())
 
 
@@ -54,7 +60,7 @@ def check_choice(
     "The entry of `choices` that `value` names, or a `BadInput` that lists them."
     choices = list(choices)
     by_simple = {simplify(c): c for c in choices}
-    plain = isinstance(value, str) and re.fullmatch(r"\w[\w .()%-]*", value.strip())  # "-10%" is not "10%"
+    plain = isinstance(value, str) and re.fullmatch(r"\w[\w .()%-]*", composed(value.strip()))  # "-10%" is not "10%"
     if plain and simplify(value) in by_simple:
         return by_simple[simplify(value)]
     near = difflib.get_close_matches(simplify(value), by_simple, n=1)

@@ -10,6 +10,7 @@ import hashlib
 import json
 import random
 import warnings
+from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Callable, Sequence
@@ -29,6 +30,7 @@ from dfcnn.core import (
     check_choice,
     check_number,
     check_path,
+    composed,
     pick_device,
     stream_seed,
     write_text,
@@ -43,6 +45,7 @@ from .methods.factorize import FactorizedNetwork, Form
 from .methods.registry import METHODS, Method
 from .methods.sharing import HPS, STL
 from .training.checkpoint import Checkpoint, checksum, load_tensors, save_tensors
+from .training.evaluation import HISTORY
 from .training.learner import Callback, TaskLearner, task_learner, train
 
 with warnings.catch_warnings():  # fastai 2.8 imports parts of torch that are about to go
@@ -55,10 +58,10 @@ with warnings.catch_warnings():  # fastai 2.8 imports parts of torch that are ab
 _all_ = ["DFCNN", "HPS", "STL", "OwnTasks", "aug_transforms", "tasks_from_datasets", "tasks_from_folder"]
 
 # %% auto #0
-__all__ = ['MODEL', 'FORMAT', 'FitSettings', 'StopEarly', 'Augment', 'ShowEpochs', 'cnn_layers', 'like', 'OneTask', 'recorded',
-           'plain_network', 'wilson', 'Learned', 'find_method', 'find_name', 'ImageLearner', 'image_learner',
-           'read_model', 'load_learner', 'compare', 'DFCNN', 'HPS', 'STL', 'OwnTasks', 'aug_transforms',
-           'tasks_from_datasets', 'tasks_from_folder']
+__all__ = ['MODEL', 'SCORES', 'FORMAT', 'FitSettings', 'StopEarly', 'Augment', 'ShowEpochs', 'cnn_layers', 'like', 'OneTask',
+           'recorded', 'plain_network', 'wilson', 'Learned', 'find_method', 'find_name', 'check_prepared',
+           'ImageLearner', 'image_learner', 'read_model', 'load_learner', 'compare', 'DFCNN', 'HPS', 'STL', 'OwnTasks',
+           'aug_transforms', 'tasks_from_datasets', 'tasks_from_folder']
 
 # %% ../nbs/50_vision.ipynb #6b4489c3
 @dataclass(frozen=True)
@@ -271,9 +274,25 @@ def find_name(
     known: Sequence[str],  # names of the tasks that there are
 ) -> int:
     "Place of a task in a list of names, which are a user's own and are taken as they are written."
-    if task not in known:
+    names = [composed(name) for name in known]
+    if not isinstance(task, str) or composed(task) not in names:
         raise BadInput(f"Unknown task {brief(task)}. Choose from: {', '.join(known)}.")
-    return list(known).index(task)
+    return names.index(composed(task))
+
+
+def check_prepared(
+    task: Task,
+    prepare: Preparation,  # of the model's images
+) -> Task:
+    "`task`, if its images were scaled as the model's are; else a `BadInput`."
+    form = (prepare.channels, prepare.size, prepare.size)
+    for x, _ in (task.train, task.valid, task.test):
+        if tuple(x.shape[1:]) != form or not torch.allclose(prepare.scale(prepare.pixels(x)), x, atol=1e-4):
+            raise BadInput(
+                f"The images of task '{task.name}' were not prepared as this model's are. Give its folder, or make it by"
+                " `dfcnn.data.folders.task_from_folder(folder, prepare)`, with the `prepare` of the tasks or of the model."
+            )
+    return task
 
 
 class ImageLearner:
@@ -294,7 +313,7 @@ class ImageLearner:
         self.settings, self.device, self.tfms = settings, torch.device(device), list(tfms)
         self.folder = None if folder is None else check_path("folder", folder)
         self.learned: list[Learned] = []
-        self.history = pd.DataFrame()  # scores of every epoch
+        self.history = pd.DataFrame(columns=[*HISTORY, "task"])  # scores of every epoch
         self.made_with = dfcnn.__version__
 
     @property
@@ -333,11 +352,15 @@ def image_learner(
     outputs = max(len(t.classes) for t in tasks)
     arch = architecture_for(prepare.channels, prepare.size, outputs, method.size)
     network = method.network(arch, stream_seed(settings.seed, "init"), length=len(tasks))
+    if twice := [name for name, n in Counter(t.name for t in tasks).items() if n > 1]:
+        raise BadInput(f"There are several tasks called '{twice[0]}'. Give each a name of its own.")
     learn = ImageLearner(network, method, tasks, prepare, settings, pick_device(device), folder, tfms)
+    for task in tasks:  # some may have been read from elsewhere, and scaled by their own images
+        check_prepared(task, prepare)
     return learn.go_on() if learn.folder and (learn.folder / MODEL).exists() else learn
 
 
-MODEL = "model.json"
+MODEL, SCORES = "model.json", "history.csv"
 
 # %% ../nbs/50_vision.ipynb #2aad9af9
 @patch
@@ -348,21 +371,20 @@ def fit(
     "Learn the tasks that are not learned yet, one after the other."
     if len(self.learned) == len(self.tasks) and not self.folder:  # with a folder the same lines may run again
         raise BadInput(f"All tasks are learned ({', '.join(self.names)}). Bring a new one by `add_task`.")
-    usual = self.settings
-    if epochs is not None:
-        self.settings = replace(usual, epochs=epochs)
-    try:
-        while len(self.learned) < len(self.tasks):
-            self.learn_next()
-    finally:
-        self.settings = usual
+    settings = self.settings if epochs is None else replace(self.settings, epochs=epochs)
+    while len(self.learned) < len(self.tasks):
+        self.learn_next(settings)
     return self
 
 
 @patch
-def learner(self: ImageLearner, cbs: Sequence[Callback] = ()) -> TaskLearner:
-    "The fastai Learner of the next task, on a copy of the network: for `lr_find`, say."
-    task, s = len(self.learned), self.settings
+def learner(
+    self: ImageLearner,
+    cbs: Sequence[Callback] = (),
+    settings: FitSettings | None = None,  # None: the model's own
+) -> TaskLearner:
+    "The fastai Learner of the next task, on a copy of the network: for `lr_find`, `fit_one_cycle` and callbacks."
+    task, s = len(self.learned), settings or self.settings
     if task == len(self.tasks):
         raise BadInput("All tasks are learned: `learner` is for the next one.")
     none = Split(self.tasks[task].train.x[:0], self.tasks[task].train.y[:0])
@@ -381,14 +403,17 @@ def learner(self: ImageLearner, cbs: Sequence[Callback] = ()) -> TaskLearner:
 
 # %% ../nbs/50_vision.ipynb #b1376223
 @patch
-def learn_next(self: ImageLearner) -> None:
+def learn_next(
+    self: ImageLearner,
+    settings: FitSettings | None = None,  # None: the model's own
+) -> None:
     "Learn the next task, and take it in when all went well."
     number = len(self.learned)
-    task, s = self.tasks[number], self.settings
+    task, s = self.tasks[number], settings or self.settings
     stages = bool(self.network.callbacks())
     cbs = [ShowEpochs(task.name), *([] if stages else [StopEarly(s.patience)])]
-    keep = self.checkpoint(task)
-    learn = self.learner(cbs + ([keep] if keep else []))
+    keep = self.checkpoint(task, s)
+    learn = self.learner(cbs + ([keep] if keep else []), s)
     history = train(learn).assign(task=task.name)
     before, self.network = self.network, learn.model.eval()
     try:
@@ -396,7 +421,7 @@ def learn_next(self: ImageLearner) -> None:
     except BaseException:
         self.network = before
         raise
-    self.history = pd.concat([self.history, history], ignore_index=True)
+    self.history = pd.concat([self.history, history], ignore_index=True) if len(self.history) else history
     sizes = [len(s.y) for s in (task.train, task.valid, task.test)]
     trained = history[history.split == "train"]
     self.learned.append(Learned(task.name, task.classes, sizes, len(trained), float(history.seconds.sum()), correct))
@@ -449,13 +474,14 @@ def report(self: ImageLearner) -> None:
 def checkpoint(
     self: ImageLearner,
     task: Task,  # that is learned next
+    settings: FitSettings,  # by which it is learned
     every: float = 60.0,  # seconds between two of them
 ) -> Checkpoint | None:
     "Where the learning of a task is kept; None without a folder."
     if not self.folder:
         return None
     self.folder.mkdir(parents=True, exist_ok=True)
-    about = dict(settings=json.dumps(asdict(self.settings)), known=json.dumps([asdict(t) for t in self.learned]), task=json.dumps([task.name, task.classes]), method=self.method.name)
+    about = dict(settings=json.dumps(asdict(settings)), known=json.dumps([asdict(t) for t in self.learned]), task=json.dumps([task.name, task.classes]), method=self.method.name)
     tensors = dict(x=task.train.x, y=task.train.y, **{f"network.{k}": v.cpu() for k, v in self.network.state_dict().items()})
     contiguous = {k: v.contiguous() for k, v in tensors.items()}
     return Checkpoint(self.folder / "training.safetensors", every, checksum(contiguous, about))
@@ -570,6 +596,7 @@ def export(
         tasks=[asdict(t) for t in self.learned],
         files=files,
     )
+    write_text(folder / SCORES, self.history.to_csv(index=False))
     write_text(folder / MODEL, json.dumps(about | dict(sha256=_sha256(about)), indent=1))
     for old in [*folder.glob("network-*.safetensors"), *folder.glob("images-*.safetensors")]:
         if old.name not in [f["name"] for f in files.values()]:
@@ -648,6 +675,8 @@ def _build(about: dict[str, Any], folder: Path, device: torch.device, tfms: Sequ
         tasks.append(Task(of["name"], of["classes"], empty, empty, test))
     settings = FitSettings(**about["settings"])
     learn = ImageLearner(network.to(device).eval(), method, tasks, prepare, settings, device, folder if keep else None, tfms)
+    if (folder / SCORES).exists():
+        learn.history = pd.read_csv(folder / SCORES, dtype={k: t for k, t in HISTORY.items() if t != "object"})
     learn.learned, learn.made_with = [Learned(**of) for of in about["tasks"]], about["dfcnn"]
     return learn
 
@@ -656,7 +685,7 @@ def _build(about: dict[str, Any], folder: Path, device: torch.device, tfms: Sequ
 def go_on(self: ImageLearner) -> ImageLearner:
     "Take up what the folder holds of the same tasks with the same settings."
     there = load_learner(self.folder, str(self.device))
-    there.settings = replace(there.settings, epochs=self.settings.epochs)  # of tasks to come; `fit` may have been given others
+    there.settings = replace(there.settings, epochs=self.settings.epochs)  # of tasks to come
     mine = [(t.name, t.classes, [len(s.y) for s in (t.train, t.valid, t.test)]) for t in self.tasks]
     theirs = [(t.name, t.classes, t.images) for t in there.learned]
     same = [getattr(there, k) == getattr(self, k) for k in ("method", "prepare", "settings")]
@@ -665,7 +694,7 @@ def go_on(self: ImageLearner) -> ImageLearner:
             f"'{self.folder}' holds a model of other tasks, images or settings ({', '.join(t.name for t in there.learned)} by"
             f" {there.method.title}). Choose another folder, or go on with it by `load_learner`."
         )
-    self.network, self.learned = there.network, there.learned
+    self.network, self.learned, self.history = there.network, there.learned, there.history
     print(f"Learned already, by '{self.folder}': {', '.join(t.name for t in self.learned)}.")
     return self
 
@@ -684,7 +713,7 @@ def add_task(
     if isinstance(source, (str, Path)):
         task = task_from_folder(source, self.prepare, shares, self.settings.seed)
     elif isinstance(source, Task):
-        task = self.check_prepared(source)
+        task = check_prepared(source, self.prepare)
     elif name:
         (task,) = tasks_from_datasets({name: source}, shares=shares, seed=self.settings.seed, prepare=self.prepare)
     else:
@@ -703,18 +732,6 @@ def add_task(
             self.tasks = before
         raise
 
-
-@patch
-def check_prepared(self: ImageLearner, task: Task) -> Task:
-    "`task`, if its images were scaled as this model's are; else a `BadInput`."
-    form = (self.prepare.channels, self.prepare.size, self.prepare.size)
-    for x, _ in (task.train, task.valid, task.test):
-        if tuple(x.shape[1:]) != form or not torch.allclose(self.prepare.scale(self.prepare.pixels(x)), x, atol=1e-4):
-            raise BadInput(
-                f"The images of task '{task.name}' were not prepared as this model's are. Give its folder, or make it by"
-                " `dfcnn.data.folders.task_from_folder(folder, learn.prepare)`."
-            )
-    return task
 
 # %% ../nbs/50_vision.ipynb #4ac5c9ff
 @patch
@@ -763,12 +780,13 @@ def export_onnx(
 def compare(
     tasks: OwnTasks,
     methods: Sequence[str | type[LifelongNetwork]] = ("STL", "HPS", "DF-CNN"),
+    folder: str | Path | None = None,  # keep the models here, each in a folder of its own
     **settings,  # of `image_learner`
 ) -> pd.DataFrame:  # a row for each method, the most accurate first
     "Learn the same tasks by several methods: accuracy at the end over all test images, with a 95% interval, and what it took."
     rows, right = [], {}
     for method in methods:
-        learn = image_learner(tasks, method, **settings)
+        learn = image_learner(tasks, method, folder=folder and check_path("folder", folder) / find_method(method).name, **settings)
         print(f"{learn.method.title}:")
         learn.fit()
         right[learn.method.title] = all_right = torch.cat([learn.outcomes(t) for t in range(len(tasks))])

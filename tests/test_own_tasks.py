@@ -85,8 +85,8 @@ class Die(Callback):
 tasks = tasks_from_folder('photos', size=16)
 learn = image_learner(tasks, DFCNN, device='cpu', epochs=4, patience=0, folder=FOLDER)
 usual, keep = learn.learner, learn.checkpoint
-learn.learner = lambda cbs: usual([*cbs, Die()])
-learn.checkpoint = lambda task: keep(task, every=0.0)
+learn.learner = lambda cbs, settings: usual([*cbs, Die()], settings)
+learn.checkpoint = lambda task, settings: keep(task, settings, every=0.0)
 learn.fit()
 """
     killed = code.replace("FOLDER", repr(str(tmp_path / "killed")))
@@ -167,7 +167,7 @@ def test_the_same_lines_run_again(photos, tmp_path):
     "With `fit(epochs)` too, after a task that was interrupted and after the end."
     tasks = tasks_from_folder(photos / "photos", size=16)
     learn = image_learner(tasks, device="cpu", folder=tmp_path / "model")
-    usual, learn.learn_next = learn.learn_next, lambda: usual() if not learn.learned else (_ for _ in ()).throw(KeyboardInterrupt)
+    usual, learn.learn_next = learn.learn_next, lambda settings: usual(settings) if not learn.learned else (_ for _ in ()).throw(KeyboardInterrupt)
     with pytest.raises(KeyboardInterrupt):
         learn.fit(epochs=1)
     assert learn.settings.epochs == 40  # what was said of one call holds for it alone

@@ -23,7 +23,7 @@ import torch
 from fastprogress import progress_bar
 from PIL import Image, ImageOps
 
-from ..core import BadInput, brief, check_choice, check_number, check_path, simplify, stream
+from ..core import BadInput, brief, check_choice, check_number, check_path, composed, simplify, stream
 from .images import IMAGE_SUFFIXES, MOST_PIXELS, Images, cached, check_size, read_file
 from .tasks import DataSet, Split, Task, show_tasks
 
@@ -31,7 +31,7 @@ from .tasks import DataSet, Split, Task, show_tasks
 __all__ = ['PHOTO_SUFFIXES', 'PARTS', 'WHOLE', 'EXPECTED', 'FITS', 'SHARES', 'OWN', 'FEW', 'UNEVEN', 'Photo', 'listing',
            'photos_of_class', 'photos_of_task', 'photos_in', 'eight_bits', 'to_square', 'read_photo', 'as_images',
            'read_all', 'left_out', 'read_photos', 'read_folder', 'check_shares', 'divide', 'Preparation', 'as_pixels',
-           'check_file_exists', 'groups_of', 'OwnData', 'own_data', 'OwnTasks', 'tasks_from_images',
+           'check_file_exists', 'groups_of', 'OwnData', 'own_data', 'seen_in_training', 'OwnTasks', 'tasks_from_images',
            'tasks_from_folder', 'task_from_folder', 'items_of', 'as_label', 'parts_of', 'tasks_from_datasets']
 
 # %% ../../nbs/05_folders.ipynb #0b69d2e9
@@ -72,13 +72,13 @@ def photos_of_class(
     if not files or deeper:
         what = f"holds the folder '{deeper[0].name}' where images belong" if deeper else "holds no image"
         raise BadInput(f"'{folder}' {what}. {EXPECTED} Images end in {', '.join(sorted(PHOTO_SUFFIXES))}.")
-    return [Photo(task, part, folder.name, f) for f in files]
+    return [Photo(task, part, composed(folder.name), f) for f in files]
 
 
 def photos_of_task(folder: str | Path) -> list[Photo]:
     "The images of one task, whose classes may be divided into train, valid and test."
     given, folder = folder, check_path("folder", folder)
-    name = Path(os.path.abspath(Path(given).expanduser())).name  # as the user calls it, wherever a link leads
+    name = composed(Path(os.path.abspath(Path(given).expanduser())).name)  # as the user calls it, wherever a link leads
     if not folder.is_dir():
         raise BadInput(f"'{folder}' is no folder. {EXPECTED}")
     classes, files = listing(folder)
@@ -113,6 +113,9 @@ def photos_in(root: str | Path) -> list[Photo]:
         raise BadInput(f"'{root}' holds images itself, such as '{files[0].name}', and should hold a folder for each task. {EXPECTED}")
     if not folders:
         raise BadInput(f"'{root}' holds no folders, and should hold one for each task. {EXPECTED}")
+    parts = [PARTS.get(simplify(f.name)) for f in folders]
+    if "train" in parts and all(parts):
+        raise BadInput(f"'{root}' holds {', '.join(f.name for f in folders)}, which are parts of one task. Move them into a folder with the task's name: '{root / '<task>' / folders[0].name}'. {EXPECTED}")
     photos = [p for f in folders for p in photos_of_task(f)]
     check_size(f"Folder '{root}'", len(photos), 0)
     return photos
@@ -348,6 +351,8 @@ def as_pixels(
             f"An image has one channel or three, and is an array (height, width[, channels]) or a tensor ([channels, ]height,"
             f" width), but this {type(image).__name__} is {tuple(image.shape)}."
         )
+    if x.dtype == bool:  # a mask
+        x = x.astype("uint8") * 255
     if x.dtype != np.uint8:
         if not np.isfinite(x).all() or x.min() < 0 or x.max() > (1 if x.dtype.kind == "f" else 255):
             raise BadInput(
@@ -446,6 +451,13 @@ def own_data(
 FEW, UNEVEN = 20, 5.0  # images of a class below which, and times the smallest class above which, a remark is made
 
 
+def seen_in_training(task: Task) -> int:
+    "How many test images are, pixel by pixel, among those to train or to validate on."
+    content = lambda x: [hashlib.sha256(image.contiguous().numpy().tobytes()).digest() for image in x.cpu()]
+    known = {*content(task.train.x), *content(task.valid.x)}
+    return sum(of in known for of in content(task.test.x))
+
+
 class OwnTasks(list):
     "Tasks of a user's own images, with what is needed to read more of them."
 
@@ -474,6 +486,7 @@ class OwnTasks(list):
             if rows["all"].max() > UNEVEN * rows["all"].min():
                 most, least = (rows.loc[i] for i in (rows["all"].idxmax(), rows["all"].idxmin()))
                 said.append(f"{task}: {most['all']} images of {most['class']}, {least['all']} of {least['class']}. To guess the largest class would be right in {most['all'] / rows['all'].sum():.0%}.")
+        said += [f"{t.name}: {n} of {len(t.test.y)} test images are training images, too. Accuracy on those says nothing." for t in self if (n := seen_in_training(t))]
         return said
 
     def show(self, n: int = 10) -> plt.Figure:
