@@ -138,7 +138,8 @@ def pick_device(
         raise BadInput(f"Device '{name}' is not available on this machine. Choose from: {', '.join(there)}.")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu"
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
+    if name.startswith("cuda"):  # of this process, from here on
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
     return torch.device(name)
 
 # %% ../nbs/00_core.ipynb #d62e6e02

@@ -83,6 +83,12 @@ def test_a_state_dict_restores_it(method):
         assert all(torch.equal(network(x, t), other.eval()(x, t)) for t in range(3))
 
 
+def test_a_task_that_comes_later_has_the_precision_of_the_rest(method):
+    network = build_network(method, SMALL, n_tasks=1, length=2).double()
+    network.add_task()
+    assert network.eval()(torch.zeros(2, 3, 8, 8, dtype=torch.float64), 1).dtype == torch.float64
+
+
 def test_initial_values_of_a_task_do_not_depend_on_the_others(method):
     one, three = (build_network(method, SMALL, 5, n_tasks=n, length=3) for n in (1, 3))
     values = dict(three.named_parameters())

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tarfile
 import time
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path, PurePosixPath
 
@@ -20,6 +21,7 @@ from conftest import picture
 
 from dfcnn.core import BadInput
 from dfcnn.data.folders import task_from_folder, tasks_from_datasets, tasks_from_folder
+from dfcnn.data.datasets import DATASETS, list_dataset
 from dfcnn.methods.registry import METHODS
 from dfcnn.experiments.figures import cost_table
 from dfcnn.experiments.studies import lifelong_study
@@ -299,3 +301,14 @@ def test_without_the_extra_onnx_is_refused(photos, tmp_path, monkeypatch):
     learn = image_learner(tasks_from_folder(photos / "photos", size=16), epochs=1, device="cpu").fit()
     with pytest.raises(BadInput, match="pip install 'dfcnn\\[onnx\\]'"):
         learn.export_onnx("birds", tmp_path / "birds.onnx")
+
+
+def test_a_data_set_that_a_user_lists_is_known_to_workers(tmp_path):
+    shapes = DATASETS["shapes"]
+    mine = replace(shapes, name="mine", title="My images", groups=lambda: shapes.groups()[:2])
+    list_dataset(mine)
+    try:
+        records = lifelong_study("mine", methods="STL HPS", epochs=1, tasks=1, workers=2, data_dir=None, output_dir=str(tmp_path)).run()
+    finally:
+        del DATASETS["mine"]
+    assert [r.config.dataset for r in records] == ["mine", "mine"]

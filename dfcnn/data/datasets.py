@@ -25,8 +25,8 @@ from dfcnn.data.tasks import (
 )
 
 # %% auto #0
-__all__ = ['DRAWN', 'CIFAR_SPLIT', 'HOME_SPLIT', 'LIFELONG', 'MULTITASK', 'DATASETS', 'task_sequence', 'list_dataset',
-           'own_dataset']
+__all__ = ['DRAWN', 'CIFAR_SPLIT', 'HOME_SPLIT', 'LIFELONG', 'MULTITASK', 'DATASETS', 'task_sequence', 'listed_by_user',
+           'list_dataset', 'own_dataset']
 
 # %% ../../nbs/09_datasets.ipynb #27d7465e
 DRAWN = "These images are a stand-in that the package drew itself."
@@ -106,11 +106,18 @@ def task_sequence(
     return [dataset.draw(images, *groups[i], seed, trial) for i in order]
 
 # %% ../../nbs/09_datasets.ipynb #3ad61eb0
+def listed_by_user(
+    name: str,  # a key of `DATASETS`
+) -> bool:
+    "Is this data set none of the package's? Then another process does not know it."
+    return name not in _OF_THE_PACKAGE
+
+
 def list_dataset(
     dataset: DataSet,  # known by its name from here on
 ) -> DataSet:  # what is listed under that name
     "List a data set in this process, in the place of one of its name that you have listed before."
-    if dataset.name in _OF_THE_PACKAGE:
+    if not listed_by_user(dataset.name):
         raise BadInput(f"'{dataset.name}' is a data set of this package. Choose another name.")
     DATASETS[dataset.name] = dataset
     return dataset

@@ -227,7 +227,7 @@ def check_size(
     "Refuse a source with more files, or more bytes when unpacked, than the limits above."
     if files > MOST_FILES or size > MOST_BYTES:
         raise BadInput(
-            f"{source} holds {files:,} files or more, and unpacked {size:,} bytes or more. At most"
+            f"{source} holds {files:,} files or more" + f", and unpacked {size:,} bytes or more" * (size > 0) + ". At most"
             f" {MOST_FILES:,} files and {MOST_BYTES:,} bytes are read: leave in it only the images of this data set."
         )
 

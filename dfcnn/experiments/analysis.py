@@ -220,7 +220,9 @@ def layer_outputs(
     x: torch.Tensor,  # images (n, channels, height, width)
     task: int,
 ) -> list[torch.Tensor]:  # (n, c_out, height, width) of each conv layer, after ReLU and pooling
-    "What each conv layer of a task's CNN gives."
+    "What each conv layer of a task's CNN gives. Raises `BadInput` where a task is no plain CNN, as in ProgNN."
+    if type(network).forward is not LifelongNetwork.forward:
+        raise BadInput(f"A task of {type(network).__name__} is no plain CNN whose layers follow each other.")
     outputs = []
     for (W, b), pool in zip(network.filters(task), network.arch.pools):
         x = conv_block(x, W, b, pool)

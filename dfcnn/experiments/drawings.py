@@ -244,8 +244,9 @@ def schedule_figure(
         for mark in schedule_marks(schedule, eval_every, score_every, title in together).itertuples():
             ax.plot([mark.epoch] * 2, [y - 0.08, y - (0.5 if mark.scored == "all" else 0.25)], color=INK, lw=1)
         ax.text(0, y + 0.78, title, ha="left", va="bottom", fontsize=8, color=INK)
-    handles = [Rectangle((0, 0), 1, 1, color=plt.cm.tab10(t % 10)) for t in sorted({t for s in schedules.values() for t in s})]
-    ax.legend(handles, [f"task {t + 1}" for t in range(len(handles))], fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+    tasks = sorted({t for s in schedules.values() for t in s})
+    handles = [Rectangle((0, 0), 1, 1, color=plt.cm.tab10(t % 10)) for t in tasks]
+    ax.legend(handles, [f"task {t + 1}" for t in tasks], fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
     ax.set(xlim=(0, longest), ylim=(-1.6 * (len(schedules) - 1) - 0.6, 1.2))
     ax.set_xlabel("epochs of the run", fontsize=8, color=INK)
     ax.set_yticks([])

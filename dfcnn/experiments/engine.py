@@ -27,7 +27,7 @@ from safetensors import SafetensorError, safe_open
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..core import BadInput, check_number, pick_device, write_text
-from ..data.datasets import DATASETS, list_dataset
+from ..data.datasets import DATASETS, list_dataset, listed_by_user
 from ..data.images import Images
 from ..methods.base import LifelongNetwork
 from ..methods.registry import METHODS, Method, build_network, build_shapes
@@ -355,7 +355,7 @@ def results_of(
         threads=self.threads,
         asker=None if self.scheduler else os.getpid(),
         until=until,
-        own=dataset if dataset.own else None,  # a worker lists a user's images, too
+        own=dataset if listed_by_user(dataset.name) else None,  # a worker lists it, too
     )
     call, made_of = joblib.delayed(run_in_worker), (images.fingerprint, PACKAGE)
     calls = [call(g, METHODS[g[0].method], images if here else None, made_of, where) for g in groups]

@@ -27,7 +27,7 @@ from .configuration import TRAINING, RunConfig
 from .engine import step_flops
 from .records import Record, load_records
 from .runs import using_threads
-from .studies import Study, lifelong_study, multitask_study, scoring_interval
+from .studies import RunsFailed, Study, lifelong_study, multitask_study, scoring_interval
 from .verdicts import SideBySide, side_by_side
 
 # %% auto #0
@@ -300,7 +300,12 @@ def train(self: Paper) -> None:
         study = stage.study(**self.engine, output_dir=str(self.records / "runs"))
         study.configs = [c for c in study.configs if not self.shelf.has(c)]
         study.until = until
-        for record in study.run():
+        try:
+            done = study.run()
+        except RunsFailed as e:  # the others are complete, and later stages have their turn
+            print(e, flush=True)
+            continue
+        for record in done:
             self.shelf.there.setdefault(record.config, set()).add(record.made_with["data"])
     if self.hours:
         print("The time is up." if time.time() >= until else "There is nothing left to train.", "What follows is drawn from what is complete.", flush=True)

@@ -349,7 +349,7 @@ def load_network(
     if about.get("made_by") != made_by(Path(folder)):
         raise BadInput(f"The weights in '{folder}' were not made by the run that its config.json describes.")
     network = build_network(
-        config.method, DATASETS[config.dataset].architecture, config.seed, length=config.tasks
+        config.method, DATASETS[config.dataset].architecture, config.seed_of("init"), length=config.tasks
     )
     network.load_state_dict(state)
     return network.eval()

@@ -62,7 +62,7 @@ def render(
     "Draw the tables and figures of every folder of records, and `figures.csv` with what is drawn in them."
     written = []
     for folder, records in folders(root).items():
-        if any(candidate_of(r.config)[0] and "riddle" in folder.parts for r in records):
+        if any(candidate_of(r.config)[0] and "riddle" in folder.relative_to(root).parts for r in records):
             continue  # has a report of its own: see `riddle`
         if any(r.config.dataset not in DATASETS for r in records):
             continue

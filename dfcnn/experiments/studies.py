@@ -401,7 +401,7 @@ def lifelong_study(
 # %% ../../nbs/35_studies.ipynb #17987b97
 @delegates(Engine, but=["stack"])
 def multitask_study(
-    dataset: str = "digits",  # a key of `multitask.COUNTS`
+    dataset: str = "digits",  # a key of `binary.COUNTS`
     distribution: str = "heterogeneous",  # pairs of classes; "homogeneous": one class against all others
     fractions: str | list[str] = "50%",  # of the data, keys of `COUNTS[dataset][distribution]`, or "all"
     methods: str | list[str] = "STL HPS DF-CNN",  # keys of `registry.METHODS`, or "all"

@@ -171,7 +171,8 @@ def schedule_of(record: Record) -> str:
     paper, per = TRAINING[DATASETS[c.dataset].architecture].epochs, "in all" if c.together else "per task"
     whose = "authors'" if c.together else "paper's"  # App. C gives no number of epochs, the code does
     whole = f"the {whose} {c.epochs} epochs {per}" if c.epochs == paper else f"{c.epochs} epochs {per} (paper: {paper})"
-    return (c.short or whole) + f", scored every {c.score_every}" * (c.score_every > 1 and not c.together)
+    every = c.eval_every if c.together else c.score_every
+    return (c.short or whole) + f", scored every {every}" * (every > 1)
 
 
 def effect(values: Sequence[float], form: str = "{:+.3g}") -> str:

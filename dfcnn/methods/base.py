@@ -206,7 +206,9 @@ def append_task(self: LifelongNetwork, own: nn.Module) -> None:
     n = self.outputs[len(self.tasks)]
     if n != self.arch.outputs:
         own.register_buffer("classes", torch.tensor(n))
-    self.tasks.append(own.to(self.n_tasks.device).train(self.training))
+    like = next(self.parameters(), next(own.parameters(), None))  # in the precision of the rest, too
+    own.to(self.n_tasks.device, None if like is None else like.dtype)
+    self.tasks.append(own.train(self.training))
     self.n_tasks += 1
 
 # %% ../../nbs/11_base.ipynb #05eaac90

@@ -75,7 +75,7 @@ class TaskLearner(Learner):
         reset_opt: bool = False,  # forget the optimizers' state
         start_epoch: int = 0,
     ):
-        "Go on with the schedule for `n_epoch` epochs."
+        "Go on with the schedule for `n_epoch` epochs. Each seeds torch's global generators; `train` puts them back."
         if start_epoch:
             raise BadInput("A Learner goes on by itself where it stopped: leave `start_epoch` at 0.")
         if (self.wd if wd is None else wd) is not None and "wd" not in self.opt.hypers[-1]:

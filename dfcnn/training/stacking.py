@@ -31,7 +31,7 @@ from .schedule import FitCallback
 # %% auto #0
 __all__ = ['BATCH_EVENTS', 'STEPS', 'StackedTrainer', 'shared_out', 'optimizer_constants', 'Trainers', 'looking_on',
            'other_optimizer', 'other_dropout', 'hooked', 'by_batch', 'say_once', 'FastEpochs', 'simple_settings',
-           'parts_of', 'stackable', 'work', 'alike', 'Pause', 'Meeting', 'train_together']
+           'parts_of', 'stackable', 'work', 'alike', 'Pause', 'Meeting', 'stand_alone', 'train_together']
 
 # %% ../../nbs/27_stacking.ipynb #a484e1c0
 class StackedTrainer:
@@ -456,6 +456,13 @@ def run(self: Meeting) -> None:
         raise self.errors[0]
 
 # %% ../../nbs/27_stacking.ipynb #01189d0b
+def stand_alone(learn: TaskLearner) -> None:
+    "Give a network that was a slice of a stack tensors of its own: whoever saves or keeps it keeps no other trial's."
+    for t in (*learn.model.parameters(), *learn.model.buffers()):
+        if t.untyped_storage().nbytes() > t.numel() * t.element_size():
+            t.data = t.data.clone()
+
+
 def train_together(
     learners: Sequence[TaskLearner],  # of the trials of a method
 ) -> list[pd.DataFrame]:  # the histories
@@ -465,4 +472,6 @@ def train_together(
             learners[0].fit(cbs=FastEpochs())
         else:
             Meeting(learners).run()
+            for l in learners:
+                stand_alone(l)
     return [l.evaluate.history for l in learners]
