@@ -8,16 +8,19 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import os
 import random
 import warnings
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Callable, Sequence
+from typing import Any, Callable, Iterable, Sequence
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 import torch
+from PIL import Image
 from fastcore.basics import patch
 from fastprogress import progress_bar
 from scipy import stats
@@ -325,6 +328,8 @@ class ImageLearner:
         known = [t.name for t in self.learned]
         if not known:
             raise BadInput("No task is learned yet: call `fit()` first.")
+        if task is None and len(known) == 1:
+            return 0
         if task is None:
             raise BadInput(f"Say of which task the image is: task={' or '.join(map(repr, known))}.")
         return find_name(task, known)
@@ -490,11 +495,13 @@ def checkpoint(
 @patch
 def predict(
     self: ImageLearner,
-    image: Any,  # a path, a PIL image, an array or a tensor; or a list of them
-    task: str | Sequence[str] | None = None,  # whose image it is; for a list one name, or one for each
+    image: Any,  # a path, the content of a file, a PIL image, an array or a tensor; or several of them in any collection
+    task: str | Sequence[str] | None = None,  # whose image it is; for several one name, or one for each; None where only one task is learned
 ) -> tuple[str, torch.Tensor, torch.Tensor] | list[tuple[str, torch.Tensor, torch.Tensor]]:
     "(class, number of the class, probabilities of all classes) of an image."
-    images, one = (image, False) if isinstance(image, (list, tuple)) else ([image], True)
+    array = isinstance(image, (np.ndarray, torch.Tensor))
+    alone = isinstance(image, (str, bytes, bytearray, os.PathLike, Image.Image)) or hasattr(image, "read") or array and image.ndim < 4 and image.dtype != object
+    images, one = ([image], True) if alone or not isinstance(image, Iterable) else (list(image), False)
     names = [task] * len(images) if task is None or isinstance(task, str) else list(task)
     if len(names) != len(images):
         raise BadInput(f"There are {len(images)} images and {len(names)} tasks. Give one task, or one for each image.")

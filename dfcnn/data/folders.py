@@ -28,15 +28,17 @@ from .images import IMAGE_SUFFIXES, MOST_PIXELS, Images, cached, check_size, rea
 from .tasks import DataSet, Split, Task, show_tasks
 
 # %% auto #0
-__all__ = ['PHOTO_SUFFIXES', 'PARTS', 'WHOLE', 'EXPECTED', 'FITS', 'SHARES', 'OWN', 'FEW', 'UNEVEN', 'Photo', 'listing',
-           'photos_of_class', 'photos_of_task', 'photos_in', 'eight_bits', 'to_square', 'read_photo', 'as_images',
-           'read_all', 'left_out', 'read_photos', 'read_folder', 'check_shares', 'divide', 'Preparation', 'as_pixels',
-           'check_file_exists', 'groups_of', 'OwnData', 'own_data', 'seen_in_training', 'OwnTasks', 'tasks_from_images',
-           'tasks_from_folder', 'task_from_folder', 'items_of', 'as_label', 'parts_of', 'tasks_from_datasets']
+__all__ = ['PHOTO_SUFFIXES', 'PARTS', 'NOT_MEANT', 'WHOLE', 'EXPECTED', 'FITS', 'SHARES', 'OWN', 'FEW', 'UNEVEN', 'Photo',
+           'listing', 'photos_of_class', 'photos_of_task', 'photos_in', 'eight_bits', 'to_square', 'read_photo',
+           'as_images', 'read_all', 'left_out', 'read_photos', 'read_folder', 'check_shares', 'divide', 'Preparation',
+           'as_pixels', 'check_file_exists', 'groups_of', 'OwnData', 'own_data', 'seen_in_training', 'OwnTasks',
+           'tasks_from_images', 'tasks_from_folder', 'task_from_folder', 'items_of', 'as_label', 'parts_of',
+           'tasks_from_datasets']
 
 # %% ../../nbs/05_folders.ipynb #0b69d2e9
 PHOTO_SUFFIXES = IMAGE_SUFFIXES | {".gif", ".tif", ".tiff"}
 PARTS = {"train": "train", "valid": "valid", "val": "valid", "validation": "valid", "test": "test"}  # folder -> part
+NOT_MEANT = {"@eaDir", "__MACOSX"}  # folders that a network drive and a zip file of a Mac bring along
 WHOLE = "all"  # the part of images that are still to be divided
 EXPECTED = "Expected is <task>/<class>/<image>, or <task>/{train,valid,test}/<class>/<image>."
 
@@ -54,7 +56,7 @@ def listing(folder: Path) -> tuple[list[Path], list[Path]]:
     "The folders in a folder, and the files that are images by their names; hidden ones, whose names begin with a dot, are left out."
     try:
         with os.scandir(folder) as entries:
-            there = sorted((e for e in entries if not e.name.startswith(".")), key=lambda e: e.name)
+            there = sorted((e for e in entries if not e.name.startswith(".") and e.name not in NOT_MEANT), key=lambda e: e.name)
     except OSError as e:
         raise BadInput(f"Folder '{folder}' cannot be read ({e}). May you read it?") from e
     folders = [Path(e.path) for e in there if e.is_dir()]
@@ -216,8 +218,8 @@ def read_all(photos: Sequence[Photo], size: int, fit: str) -> np.ndarray:  # uin
             list(pool.map(read, range(start, min(start + 256, len(photos)))))
             bar.update(min(start + 256, len(photos)))
     if wrong:
-        more = f" {len(wrong) - 3} more images cannot be read either." if len(wrong) > 3 else ""
-        raise BadInput(" ".join(sorted(wrong)[:3]) + more)
+        more = f" {len(wrong) - 20} more images cannot be read either." if len(wrong) > 20 else ""
+        raise BadInput("\n".join(sorted(wrong)[:20]) + more)
     return x
 
 # %% ../../nbs/05_folders.ipynb #40c5fac4
@@ -332,7 +334,7 @@ class Preparation:
 
 # %% ../../nbs/05_folders.ipynb #2e11acae
 def as_pixels(
-    image: Any,  # a path, a PIL image, an array (height, width[, channels]) or a tensor ([channels, ]height, width)
+    image: Any,  # a path, the content of a file, a PIL image, an array (height, width[, channels]) or a tensor ([channels, ]height, width)
     size: int,  # height and width that it is brought to
     fit: str = "crop",  # how: one of `FITS`
 ) -> np.ndarray:  # uint8 (3, size, size)
@@ -341,14 +343,16 @@ def as_pixels(
         return read_photo(check_file_exists(image), size, fit)
     if isinstance(image, Image.Image):
         return np.asarray(to_square(eight_bits(ImageOps.exif_transpose(image), "in memory"), size, fit)).transpose(2, 0, 1).copy()
+    if isinstance(image, (bytes, bytearray)) or hasattr(image, "read"):  # as it comes from the web
+        return read_photo(bytes(image.read() if hasattr(image, "read") else image), size, fit)
     if not isinstance(image, (np.ndarray, torch.Tensor)):
         raise BadInput(f"An image is a path, a PIL image, an array or a tensor, but this is a {type(image).__name__}.")
     x = image.detach().cpu().numpy() if isinstance(image, torch.Tensor) else image
     x = x.transpose(1, 2, 0) if isinstance(image, torch.Tensor) and x.ndim == 3 else x
     x = x if x.ndim == 3 else x[..., None]
-    if x.ndim != 3 or x.shape[2] not in (1, 3) or not x.size:
+    if x.ndim != 3 or x.shape[2] not in (1, 3, 4) or not x.size:
         raise BadInput(
-            f"An image has one channel or three, and is an array (height, width[, channels]) or a tensor ([channels, ]height,"
+            f"An image has one channel, three, or four with transparency, and is an array (height, width[, channels]) or a tensor ([channels, ]height,"
             f" width), but this {type(image).__name__} is {tuple(image.shape)}."
         )
     if x.dtype == bool:  # a mask
@@ -360,7 +364,8 @@ def as_pixels(
                 f" {x.max():g}. Give images before they are normalized."
             )
         x = (x * 255).round().astype("uint8") if x.dtype.kind == "f" else x.astype("uint8")
-    return as_pixels(Image.fromarray(np.broadcast_to(x, (*x.shape[:2], 3)).copy()), size, fit)
+    x = x if x.shape[2] == 4 else np.broadcast_to(x, (*x.shape[:2], 3))
+    return as_pixels(Image.fromarray(x.copy()), size, fit)
 
 
 def check_file_exists(path: str | os.PathLike) -> Path:
@@ -469,6 +474,11 @@ class OwnTasks(list):
         found = super().__getitem__(i)
         return OwnTasks(found, self.prepare, self.fingerprint) if isinstance(i, slice) else found
 
+    def select(self, *names: str) -> OwnTasks:
+        "Some of the tasks, in the order of the names: it is the order in which they are learned."
+        known = {t.name: t for t in self}
+        return OwnTasks([known[check_choice("task", name, known)] for name in names], self.prepare, self.fingerprint)
+
     def table(self) -> pd.DataFrame:
         "Images of every class in each set."
         count = lambda split, label: int((split.y == label).sum())
@@ -515,7 +525,7 @@ def tasks_from_images(
 
 def tasks_from_folder(
     root: str | Path,  # <root>/<task>/<class>/<image>, or <root>/<task>/{train,valid,test}/<class>/<image>
-    size: int = 64,  # height and width that all images are brought to
+    size: int = 64,  # height and width that all images are brought to; at 128 the paper's network for Office-Home learns them, which is large and slow
     fit: str = "crop",  # how: "crop" to the middle square, "squish", "pad"
     shares: dict[str, float] | None = None,  # of images to train, validate and test on; None: 70, 10, 20%
     seed: int = 0,  # of the split

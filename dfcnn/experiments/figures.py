@@ -225,7 +225,7 @@ def peak_table(records: Sequence[Record]) -> pd.DataFrame:  # a row for each met
 GREYS = {"STL": "0.25", "STL-large": "0.65"}  # dotted lines of reference
 _COLORS = {  # related methods in related colours
     "STL": "C0", "STL-large": "C9", "HPS": "C1", "SNN": "C7", "ProgNN": "C2", "DEN": "C4", "TF": "C5", "TF-uniform": "tan", "TF-distillation": "C8",
-    "DF-CNN": "C3", "DF-CNN-reduced": "C6", "DF-CNN.direct": "darkred", "DF-CNN.tc2": "darkorange",
+    "DF-CNN": "C3", "DF-CNN-reduced": "C6", "DF-CNN.direct": "darkred", "DF-CNN.tc2": "k",
 }
 
 
