@@ -344,9 +344,10 @@ class FactorizedNetwork(LifelongNetwork):
         self.plain_parameters = count_parameters(net)
         self.register_buffer("origin", torch.zeros(8, dtype=torch.uint8, device=head.weight.device))
         self.form, self.lock = emptied(net).train(), RLock()
-        self.note_origin(net)
         if check_choice("init", init, ["filters", "random"]) == "filters" and not head.weight.is_meta:
             self.start_from_filters(net)
+        else:
+            self.note_origin(net)
 
     def train(self, mode: bool = True):
         "Training or evaluation; filters that were kept are dropped."
@@ -435,11 +436,11 @@ def note_origin(
     self: FactorizedNetwork,
     net: nn.Module,  # from whose values tasks start
 ) -> None:
-    "Keep a checksum of all values but the head's, by which a state that began from others is told."
+    "Keep a checksum of what tasks start from, all values but the head's, by which a state that began from others is told."
     values = {k: v for k, v in tensors_of(net).items() if not fits(self.plan.head, k, net)}
     if any(v.is_meta for v in values.values()):
         return
-    h = hashlib.sha256()
+    h = hashlib.sha256(b"random" if self.initial is None else b"filters")
     for name, value in values.items():
         h.update(name.encode())
         h.update(value.detach().cpu().double().contiguous().numpy().tobytes())
@@ -635,6 +636,7 @@ def start_from_filters(
             value.copy_(tensors[name])
     self.given = {k: copy.deepcopy(tensors[k]) for k in self.given}
     self.initial, self.start_errors = start.state_dict(), pd.Series(errors, name="error", dtype=float)
+    self.note_origin(net)
     return self.start_errors
 
 # %% ../../nbs/18_factorize.ipynb #445b5c76
@@ -683,13 +685,14 @@ def task_network(
 ) -> nn.Module:  # in evaluation mode
     "The plain network of a task, of the type that was given, with values of its own."
     task = self.index_of(task)
-    self.kept.clear()  # what is written out is made anew
-    net = copy.deepcopy(self.form)
+    with self.lock, torch.no_grad():
+        self.kept.clear()  # what is written out is made anew
+        net, tensors = copy.deepcopy(self.form), self.tensors(task)
     path, _, last = self.plan.head.rpartition(".")
     with torch.device("meta"):  # nothing is drawn
         setattr(net.get_submodule(path), last, self.make_head(self.outputs[task]))
     with torch.no_grad():
-        for name, value in self.tensors(task).items():
+        for name, value in tensors.items():
             path, _, last = name.rpartition(".")
             owner, value = net.get_submodule(path), value.detach().clone()
             if last in owner._parameters:
