@@ -258,10 +258,7 @@ def riddle_caption(records: Sequence[Record]) -> str:  # of one group
     "On what the table stands."
     return caption(_as_released(records))
 
-# %% ../../nbs/40_riddle.ipynb #786a463f
-SIGNS = ("DF-CNN ahead of STL", "DF-CNN twice as fast", "HPS behind STL on later tasks", "STL below its peak in the paper")
-
-
+# %% ../../nbs/40_riddle.ipynb #c4733381
 def accuracy_after(
     record: Record,
     epochs: float,  # of each task
@@ -283,6 +280,10 @@ def is_above(
     return "unclear" if abs(a - b) < 2 * error else "yes" if a > b else "no"
 
 
+# %% ../../nbs/40_riddle.ipynb #2d4bd640
+SIGNS = ("DF-CNN ahead of STL", "DF-CNN twice as fast", "HPS behind STL on later tasks", "STL below its peak in the paper")
+
+
 def signs(
     runs: dict[str, Record],  # of one candidate, by method
 ) -> dict[str, str]:  # of those of `SIGNS` that they can show
@@ -302,6 +303,7 @@ def signs(
     return found | {SIGNS[3]: is_above(paper / 100, at("STL"), images * c.tasks)}
 
 
+# %% ../../nbs/40_riddle.ipynb #786a463f
 def riddle_table(
     records: Sequence[Record],  # of one group
 ) -> pd.DataFrame:  # a row for each candidate, and the paper's; values as text
