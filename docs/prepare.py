@@ -28,8 +28,9 @@ ROOMS = {  # first digit of a library notebook -> heading
     "1": "Methods",
     "2": "Training",
     "3": "Experiments",
-    "4": "Open questions",
+    "4": "The paper's report",
     "5": "Your own images",
+    "6": "Toys for tests",
 }
 FIRST = "lifelong guide results paper own_tasks any_network own_method analysis mtl ablations differences".split()  # applications, in this order; then all others
 PAGES = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}

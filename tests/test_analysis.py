@@ -28,26 +28,18 @@ from dfcnn.experiments.analysis import (
 )
 from dfcnn.experiments.configuration import RunConfig
 from dfcnn.experiments.engine import StopAt, TimeIsUp
-from dfcnn.experiments.records import Record, load_records
+from dfcnn.experiments.records import load_records
 from dfcnn.experiments.runs import run
 from dfcnn.methods.registry import build_network
+from dfcnn.testing import made_up
 from dfcnn.training.checkpoint import load_tensors
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMITTED = [r for f in ("full", "long") for r in sorted((ROOT / f"reports/{f}/cifar100").glob("*-trial0-*"))]
 
 
-def made_up(R: list[list[float]], method="DF-CNN", names=None, summary=None) -> Record:
-    "A record whose accuracy matrix is R, in percent."
-    rows = [(i + 1, 1, i, j, "test", R[i][j] / 100, 1.0, 0.1) for i in range(len(R)) for j in range(i + 1)]
-    columns = "epoch task_epoch trained evaluated split accuracy loss seconds".split()
-    config = RunConfig("cifar100", method, 1, len(R), 10, 1e-4, 2.5e-4, 1)
-    about = dict(data="made up", tasks=names or [f"task {i + 1}" for i in range(len(R))])
-    return Record(Path(method), config, about, pd.DataFrame(rows, columns=columns), summary or {})
-
-
 def test_a_task_that_falls_and_comes_back():
-    record = made_up([[80], [60, 50], [90, 50, 40]], names=["birds", "tools", "trees"])
+    record = made_up("DF-CNN", 0, [[80], [60, 50], [90, 50, 40]], names=["birds", "tools", "trees"])
     T, S = (100 * transfer_matrix(record.history, since).to_numpy() for since in ("end", "step"))
     np.testing.assert_allclose(T[1:, :-1], [[-20, np.nan], [10, 0]], atol=1e-9)
     np.testing.assert_allclose(S[1:, :-1], [[-20, np.nan], [30, 0]], atol=1e-9)

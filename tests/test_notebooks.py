@@ -17,7 +17,8 @@ import pytest
 
 from dfcnn.core import BadInput
 from dfcnn.methods.registry import METHODS
-from dfcnn.experiments.verdicts import claims, scorecard, target_table
+from dfcnn.experiments.claims import claims, scorecard
+from dfcnn.experiments.comparison import target_table
 
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 
 from dfcnn.experiments.reports import index, render
-from dfcnn.experiments.verdicts import side_by_side
+from dfcnn.experiments.comparison import side_by_side
 
 ROOT = Path(__file__).resolve().parent.parent
 ADVICE = "Run `bash .ci/reports` if the change is meant."

@@ -1,1 +1,1 @@
-"Studies: runs and their records, metrics, figures, verdicts."
+"Studies: runs and their records, metrics, figures, claims and their verdicts."
