@@ -18,7 +18,7 @@ from .architectures import Architecture
 
 # %% auto #0
 __all__ = ['max_pool_same', 'conv_block', 'weight', 'bias', 'Convolutions', 'Dropout', 'Head', 'LifelongNetwork', 'Parts',
-           'tasks_in', 'count_parameters']
+           'tasks_in', 'before_loading', 'count_parameters']
 
 # %% ../../nbs/11_base.ipynb #34db882c
 def max_pool_same(
@@ -126,7 +126,8 @@ class LifelongNetwork(nn.Module):
         self.arch, self.seed = arch, seed
         self.tasks = nn.ModuleList()
         self.outputs: list[int] = []  # classes of each task
-        self.register_buffer("n_tasks", torch.tensor(0))  # tells `load_state_dict` how many to add
+        self.register_buffer("n_tasks", torch.tensor(0))  # tells a state dict's reader how many to add
+        self.register_load_state_dict_pre_hook(before_loading)
 
     def new_task(self, generator: torch.Generator) -> nn.Module:
         "What the next task owns; its part `head` is what `new_head(generator)` makes."
@@ -185,9 +186,9 @@ def check_classes(
 
 
 @patch
-def add_task(self: LifelongNetwork, outputs: int | None = None) -> None:  # its number of classes; None: the architecture's
+def add_task(self: LifelongNetwork, classes: int | None = None) -> None:  # None: the architecture's number
     "Make ready for one more task, on the device where the rest is."
-    task, n = len(self.tasks), self.arch.outputs if outputs is None else check_number("outputs", outputs, 1)
+    task, n = len(self.tasks), self.arch.outputs if classes is None else check_number("classes", classes, 1)
     self.check_classes(task, n)
     self.outputs[task:] = [n]
     own = self.new_task(stream(self.seed, "init", "task", task))
@@ -262,12 +263,22 @@ def outputs_in(
 
 
 @patch
-def load_state_dict(self: LifelongNetwork, state: dict, *args, **kwargs):
-    "Restore a state dict, adding the tasks that it holds first."
-    n = tasks_in(state)
-    while len(self.tasks) < n:
-        self.add_task(self.outputs_in(state, len(self.tasks)))
-    return super(LifelongNetwork, self).load_state_dict(state, *args, **kwargs)
+def make_room(
+    self: LifelongNetwork,
+    state: dict,  # of this network; what it needs for no parameter it takes out
+) -> None:
+    "Add the tasks that a state dict holds, before torch fills them."
+    for task in range(len(self.tasks), tasks_in(state)):
+        self.add_task(self.outputs_in(state, task))
+
+
+def before_loading(network: LifelongNetwork, state: dict, prefix: str, *_) -> None:
+    "Let a network make room for its part of a state dict, whose names there begin with `prefix`."
+    if f"{prefix}n_tasks" in state:  # else torch says what is missing
+        own = {k.removeprefix(prefix): state.pop(k) for k in [*state] if k.startswith(prefix)}
+        network.make_room(own)
+        state.update({prefix + k: v for k, v in own.items()})
+
 
 # %% ../../nbs/11_base.ipynb #7ba100a6
 def count_parameters(network: nn.Module) -> int:

@@ -469,19 +469,19 @@ def load_state_dict(self: GrowthStages, state: dict[str, torch.Tensor]):
 
 # %% ../../nbs/17_expandable.ipynb #6c404990
 @patch
-def state_dict(self: DEN, *args, **kwargs) -> dict:
+def state_dict(self: DEN, *args, prefix: str = "", **kwargs) -> dict:
     "With what a task under way goes by: `stage`, and the entries of `old` and `masks` under their parameters' names."
-    state = super(DEN, self).state_dict(*args, **kwargs)  # a patched method has no bare super()
+    state = super(DEN, self).state_dict(*args, prefix=prefix, **kwargs)  # a patched method has no bare super()
     names = {p: k for k, p in self.named_parameters()}
-    state["stage"] = torch.tensor(("first", *STAGES).index(self.stage))
+    state[f"{prefix}stage"] = torch.tensor(("first", *STAGES).index(self.stage))
     for what, entries in dict(old=self.old, masks=self.masks).items():
-        state.update({f"{what}.{names[p]}": v for p, v in entries.items() if p in names})
+        state.update({f"{prefix}{what}.{names[p]}": v for p, v in entries.items() if p in names})
     return state
 
 
 @patch
-def load_state_dict(self: DEN, state: dict, *args, **kwargs):
-    "Restore a state dict, growing to its generations and tasks first."
+def make_room(self: DEN, state: dict) -> None:
+    "Grow to the generations and tasks that a state dict has, and take its stage, old values and masks."
     self.grown, self.tasks, none = nn.ModuleList(), nn.ModuleList(), torch.Generator()
     for g in range(1 + max(int(k.split(".")[1]) for k in state if k.startswith("grown."))):
         self.grow([len(state[f"grown.{g}.{l}.b"]) for l in range(len(self.arch.channels))], none)
@@ -490,11 +490,8 @@ def load_state_dict(self: DEN, state: dict, *args, **kwargs):
     for stamp in self.stamps.tolist():
         self.append_task(Parts(head=self.new_head(none, stamp)))
     parameters = dict(self.named_parameters())
-    notes = {k: v for k, v in state.items() if k == "stage" or k.startswith(("old.", "masks."))}
-    self.stage = ("first", *STAGES)[int(notes.pop("stage"))]
-    self.old, self.masks = {}, {}
-    for k, v in notes.items():
+    self.stage, self.old, self.masks = ("first", *STAGES)[int(state.pop("stage"))], {}, {}
+    for k in [k for k in state if k.startswith(("old.", "masks."))]:
         what, _, name = k.partition(".")
-        getattr(self, what)[parameters[name]] = v.to(self.n_tasks.device, copy=True)
-    rest = {k: v for k, v in state.items() if k != "stage" and k not in notes}
-    return super(DEN, self).load_state_dict(rest, *args, **kwargs)
+        getattr(self, what)[parameters[name]] = state.pop(k).to(self.n_tasks.device, copy=True)
+

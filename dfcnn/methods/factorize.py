@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections import OrderedDict
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -30,9 +29,9 @@ from .factorization import TwoStage, deconvolve, new_knowledge_base
 # %% auto #0
 __all__ = ['ROLES', 'Layer', 'fits', 'tensors_of', 'layers_with_tensors', 'roles_of', 'check_convolution', 'check_left_alone',
            'check_network', 'head_layer', 'allot', 'Plan', 'plan_for', 'layer_of', 'given_sizes', 'within', 'emptied',
-           'Tensors', 'Form', 'FactorizedNetwork', 'uncast', 'deconvolution_matrix', 'best_transform',
-           'best_knowledge_base', 'fit_filters', 'factorize', 'NetworkMethod', 'check_images', 'STLResNet18',
-           'HPSResNet18', 'DFResNet18']
+           'Tensors', 'Form', 'forget_counters', 'FactorizedNetwork', 'uncast', 'deconvolution_matrix',
+           'best_transform', 'best_knowledge_base', 'fit_filters', 'factorize', 'NetworkMethod', 'check_images',
+           'STLResNet18', 'HPSResNet18', 'DFResNet18']
 
 # %% ../../nbs/18_factorize.ipynb #940a8f00
 @dataclass(frozen=True)
@@ -311,6 +310,12 @@ class Form:
     outputs: int
 
 
+def forget_counters(network: FactorizedNetwork, keys) -> None:
+    "The form has no values. Where a state does not say its layers' versions, torch invents counters for normalizations there."
+    invented = lambda k: ".form." in f".{k}" and k.endswith("num_batches_tracked")
+    keys.unexpected_keys[:] = [k for k in keys.unexpected_keys if not invented(k)]
+
+
 class FactorizedNetwork(LifelongNetwork):
     "A CNN for many tasks, whose filters each task generates from knowledge bases that all share."
 
@@ -328,6 +333,7 @@ class FactorizedNetwork(LifelongNetwork):
     ):
         head = head_layer(net, plan.head)
         super().__init__(arch or Form(type(net).__name__, None, head.weight.shape[0]), seed)
+        self.register_load_state_dict_post_hook(forget_counters)
         self.plan, self.names, self.kept, self.initial = plan, [], {}, None
         self.outputs: list[int] = []  # classes of each task
         kb = [new_knowledge_base(l.base, stream(seed, "init", "kb", i)) for i, l in enumerate(plan.layers)]
@@ -416,19 +422,16 @@ def make_head(self: FactorizedNetwork, classes: int) -> nn.Module:
 
 
 @patch
-def load_state_dict(self: FactorizedNetwork, state: dict, *args, **kwargs):
-    "Restore a state dict, adding the tasks that it holds first. Raises `BadInput` where tasks of both have other names."
+def make_room(self: FactorizedNetwork, state: dict) -> None:
+    "Add the tasks that a state dict holds. Raises `BadInput` where tasks of both have other names."
     names = [bytes(state[f"tasks.{t}.name"].tolist()).decode(errors="replace") for t in range(tasks_in(state))]
     if any(here != there for here, there in zip(self.names, names)):
         raise BadInput(f"The state holds the tasks {', '.join(names)}, but the network has {', '.join(self.names)}.")
     for t in range(len(self.tasks), len(names)):
         self.add_task(names[t], int(state[f"tasks.{t}.classes"]))
     self.kept.clear()
-    state = OrderedDict(state)
     mine = self.origin.clone()
     self.elsewhere = not torch.equal(state.setdefault("origin", mine).to(mine.device), mine)
-    state._metadata = self.state_dict()._metadata  # versions of layers, without which a normalization takes itself for an old one
-    return nn.Module.load_state_dict(self, state, *args, **kwargs)
 
 # %% ../../nbs/18_factorize.ipynb #0f623bad
 @patch

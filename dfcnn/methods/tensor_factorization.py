@@ -99,8 +99,8 @@ def filters(self: TF, task: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
 
 # %% ../../nbs/16_tensor_factorization.ipynb #a79c580c
 @patch
-def load_state_dict(self: TF, state: dict, *args, **kwargs):
-    "Restore a state dict, whose ranks and number of tasks may be others."
+def make_room(self: TF, state: dict) -> None:
+    "Take the ranks and the number of tasks that a state dict has."
     if len(self.tasks) > int(state["n_tasks"]):
         raise BadInput(
             f"The state holds {int(state['n_tasks'])} tasks, but the network has {len(self.tasks)}."
@@ -108,7 +108,7 @@ def load_state_dict(self: TF, state: dict, *args, **kwargs):
     names = [[f"factors.{l}.{axis}" for axis in range(4)] + [f"rows.{l}"] for l in range(len(self.core))]
     self.hold([(state[f"core.{l}"], [state[name] for name in layer]) for l, layer in enumerate(names)])
     self.max_tasks = len(state["rows.0"])
-    return super(TF, self).load_state_dict(state, *args, **kwargs)
+    super(TF, self).make_room(state)
 
 # %% ../../nbs/16_tensor_factorization.ipynb #6dfcd8c7
 class TFUniform(TF):
