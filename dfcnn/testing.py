@@ -24,11 +24,11 @@ from .methods.architectures import Architecture
 from .methods.base import LifelongNetwork
 from .methods.deconvolutional import DFCNN, Sizes
 from .methods.progressive import ProgNN
-from .methods.registry import METHODS
 from .methods.sharing import HPS, STL
 from .training.evaluation import HISTORY
 from .training.learner import TaskLearner, lifelong_learner
 from .experiments.configuration import TRAINING, RunConfig
+from .experiments.figures import method_of
 from .experiments.records import Record
 
 # %% auto #0
@@ -218,8 +218,6 @@ def as_printed(
     trial: int,  # each has an error that is a thousandth larger than that of the one before
 ) -> Record:
     "A record of a multi-task run that nobody made, with an error of the paper's tables."
-    title = "DF-CNN (reduced)" if "M)" in row.model else row.model
-    method = {m.title: m.name for m in METHODS.values()}[title]
     dataset = f"{row.dataset}-{row.setting.removeprefix('mtl_')}-{row.train_fraction}"
     accuracy = 1 - row.value * (1 + 0.001 * trial) / 100
     n, epochs = len(DATASETS[dataset].groups()), TRAINING[DATASETS[dataset].architecture].epochs
@@ -229,7 +227,7 @@ def as_printed(
         for k in range(n)
         for s in ("valid", "test")
     ]
-    record = made_up(method, trial, [[50.0]], dataset, schedule="uniform", epochs=epochs)
+    record = made_up(method_of(row.model), trial, [[50.0]], dataset, schedule="uniform", epochs=epochs)
     history = pd.DataFrame(rows, columns=list(HISTORY)).astype(HISTORY)
     return replace(record, history=history, config=replace(record.config, tasks=n))
 

@@ -14,7 +14,7 @@ import pandas as pd
 
 from ..core import BadInput, writing
 from ..data.datasets import DATASETS
-from ..methods.registry import METHODS, title_of
+from ..methods.registry import title_of
 from .claims import C, ERROR, FIFTH, O, PEAK, POINTS, claims, findings, scorecard
 from dfcnn.experiments.figures import (
     SETTINGS,
@@ -24,6 +24,7 @@ from dfcnn.experiments.figures import (
     forgetting_figure,
     learning_curves,
     matrix_figure,
+    method_of,
     peak_table,
     progress_figure,
     targets,
@@ -88,9 +89,8 @@ def _number(row: pd.Series, method: str, groups: Sequence[Sequence[Record]]) -> 
 def target_table(records: Sequence[Record]) -> pd.DataFrame:  # a row for each target
     "Every number that the paper prints, ours, and whether they agree."
     groups, rows = studies(records), []
-    named = {m.title: m.name for m in METHODS.values()}
     for _, row in targets().iterrows():
-        method = named["DF-CNN (reduced)" if row.model.endswith("M)") else row.model]
+        method = method_of(row.model)
         ours = _size(row, method) if row.metric == "parameters_total_M" else _number(row, method, groups)
         rows.append({**row, "schedule": "", "because": "", "records": "", **ours})
     order = [

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import asdict
-from functools import partial
+from functools import cache, partial
 from importlib.resources import files
 from pathlib import Path
 from textwrap import fill
@@ -38,11 +38,11 @@ from dfcnn.experiments.metrics import (
 from .records import Record
 
 # %% auto #0
-__all__ = ['SETTINGS', 'GREYS', 'LIFELONG_REPORT', 'ABLATION_REPORT', 'MULTITASK_REPORT', 'targets', 'target', 'parameter_table',
-           'size_table', 'comparable', 'by_method', 'caption', 'cost_table', 'peak_table', 'color_of', 'panels',
-           'titled', 'finish', 'learning_curves', 'forgetting_figure', 'convergence_figure', 'progress_figure', 'lead',
-           'lead_figure', 'lead_table', 'matrix_figure', 'by_fraction', 'error_table', 'cost_of_errors', 'error_curves',
-           'settings_of', 'report_suffix', 'write_report']
+__all__ = ['SETTINGS', 'GREYS', 'LIFELONG_REPORT', 'ABLATION_REPORT', 'MULTITASK_REPORT', 'targets', 'method_of', 'target',
+           'parameter_table', 'size_table', 'comparable', 'by_method', 'caption', 'cost_table', 'peak_table',
+           'color_of', 'panels', 'titled', 'finish', 'learning_curves', 'forgetting_figure', 'convergence_figure',
+           'progress_figure', 'lead', 'lead_figure', 'lead_table', 'matrix_figure', 'by_fraction', 'error_table',
+           'cost_of_errors', 'error_curves', 'settings_of', 'report_suffix', 'write_report']
 
 # %% ../../nbs/36_figures.ipynb #e7311ba1
 def targets() -> pd.DataFrame:
@@ -51,9 +51,18 @@ def targets() -> pd.DataFrame:
         return pd.read_csv(f)
 
 
+@cache
+def method_of(
+    model: str,  # as the paper calls it: the reduced DF-CNNs by their size
+) -> str:
+    "The method, as `METHODS` names it, that a row of `targets` is about."
+    title = re.sub(r"\(\d.*M\)", "(reduced)", model)
+    return next(m.name for m in METHODS.values() if m.title == title)
+
+
 def target(
     dataset: str,  # its name in `targets.csv`
-    model: str,  # as the paper calls it
+    model: str,  # title of the method
     metric: str,  # its name in `targets.csv`
     setting: str = "lifelong",  # "lifelong", "mtl_heterogeneous" or "mtl_homogeneous"
     fraction: str | None = None,  # of the training data, where the paper has several
@@ -61,7 +70,7 @@ def target(
     "(value, half-width) that the paper states, or NaNs where it states none."
     t = targets()
     t = t if fraction is None else t[t.train_fraction == fraction]
-    models = t.model.str.replace(r"\(\d.*M\)", "(reduced)", regex=True)  # the paper names them by their size
+    models = t.model.map(lambda m: title_of(method_of(m)))
     t = t[(t.dataset == dataset) & (t.setting == setting) & (models == model) & (t.metric == metric)]
     return (float(t.value.iloc[0]), float(t.ci95.iloc[0])) if len(t) else (np.nan, np.nan)
 

@@ -25,6 +25,7 @@ from ..methods.registry import METHODS, build_network, build_shapes, title_of
 from ..training.optimizer import RMSProp, sum_cross_entropy
 from .configuration import TRAINING, RunConfig
 from .engine import step_flops
+from .figures import method_of
 from .records import Record, load_records
 from .runs import using_threads
 from .studies import RunsFailed, Study, lifelong_study, multitask_study, scoring_interval
@@ -320,14 +321,13 @@ def sides(self: Paper) -> dict[str, SideBySide]:
 @patch
 def hours_to(self: Paper, targets: pd.DataFrame) -> pd.Series:  # a row for each of the paper's numbers
     "Hours on this machine to what was not run yet, with as many trials as the paper has; NaN where it was."
-    named = {m.title: m.name for m in METHODS.values()}
 
     def hours(row: pd.Series) -> float:
         if row.verdict != "not run":
             return float("nan")
         kind = row.setting.removeprefix("mtl_")
         name = row.dataset if kind == "lifelong" else f"{row.dataset}-{kind}"
-        method = named["DF-CNN (reduced)" if row.model.endswith("M)") else row.model]
+        method = method_of(row.model)
         stage = Stage("", "", name, method, 1, "" if kind == "lifelong" else row.train_fraction)
         trials = TRAINING[DATASETS[stage.datasets[0]].architecture].trials
         return trials * hours_of(stage.configs()[0], self.device) / min(self.workers, trials)
