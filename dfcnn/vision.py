@@ -13,6 +13,7 @@ import random
 import warnings
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Callable, Iterable, Sequence
 
@@ -35,10 +36,11 @@ from dfcnn.core import (
     check_path,
     composed,
     pick_device,
+    seeded,
     stream_seed,
     write_text,
 )
-from .data.folders import OwnTasks, Preparation, task_from_folder, tasks_from_datasets, tasks_from_folder
+from .data.folders import OwnTasks, Preparation, find_name, task_from_folder, tasks_from_datasets, tasks_from_folder
 from .data.images import file_sha256
 from .data.tasks import Split, Task
 from .methods.architectures import Architecture, architecture_for
@@ -48,7 +50,7 @@ from .methods.factorize import FactorizedNetwork, Form
 from .methods.registry import METHODS, Method
 from .methods.sharing import HPS, STL
 from .training.checkpoint import Checkpoint, checksum, load_tensors, save_tensors
-from .training.evaluation import HISTORY
+from .training.evaluation import HISTORY, wilson
 from .training.learner import Callback, TaskLearner, task_learner, train
 
 with warnings.catch_warnings():  # fastai 2.8 imports parts of torch that are about to go
@@ -61,10 +63,10 @@ with warnings.catch_warnings():  # fastai 2.8 imports parts of torch that are ab
 _all_ = ["DFCNN", "HPS", "STL", "OwnTasks", "aug_transforms", "tasks_from_datasets", "tasks_from_folder"]
 
 # %% auto #0
-__all__ = ['MODEL', 'SCORES', 'FORMAT', 'FitSettings', 'StopEarly', 'Augment', 'ShowEpochs', 'cnn_layers', 'like', 'OneTask',
-           'recorded', 'plain_network', 'wilson', 'Learned', 'find_method', 'find_name', 'check_prepared',
-           'ImageLearner', 'image_learner', 'read_model', 'load_learner', 'compare', 'DFCNN', 'HPS', 'STL', 'OwnTasks',
-           'aug_transforms', 'tasks_from_datasets', 'tasks_from_folder']
+__all__ = ['MODEL', 'FORMAT', 'OURS', 'FitSettings', 'StopEarly', 'Augment', 'ShowEpochs', 'cnn_layers', 'like', 'OneTask',
+           'recorded', 'plain_network', 'Learned', 'find_method', 'check_prepared', 'ImageLearner', 'image_learner',
+           'check_folder', 'read_model', 'load_learner', 'compare', 'DFCNN', 'HPS', 'STL', 'OwnTasks', 'aug_transforms',
+           'tasks_from_datasets', 'tasks_from_folder']
 
 # %% ../nbs/50_vision.ipynb #6b4489c3
 @dataclass(frozen=True)
@@ -131,9 +133,12 @@ class Augment(Callback):
     def before_batch(self):
         if self.training:
             x, *rest = self.xb
-            mean, std = self.mean.to(x), self.std.to(x)
-            changed = self.pipeline(TensorImage(x * std + mean)).as_subclass(torch.Tensor)
-            self.learn.xb = ((changed - mean) / std, *rest)
+            self.learn.xb = (self.changed(x), *rest)
+
+    def changed(self, x: torch.Tensor) -> torch.Tensor:  # both as the network sees images
+        "What becomes of some images."
+        mean, std = self.mean.to(x), self.std.to(x)
+        return (self.pipeline(TensorImage(x * std + mean)).as_subclass(torch.Tensor) - mean) / std
 
 
 class ShowEpochs(Callback):
@@ -235,15 +240,6 @@ def plain_network(
     return nn.Sequential(scale, *layers).eval().requires_grad_(False)
 
 # %% ../nbs/50_vision.ipynb #8e56d922
-def wilson(
-    correct: int,  # images that were right
-    n: int,  # of so many
-) -> tuple[float, float]:  # its ends, 0 to 1
-    "95% interval of a share of `n` independent images."
-    interval = stats.binomtest(int(correct), int(n)).proportion_ci(method="wilson")
-    return float(interval.low), float(interval.high)
-
-
 @dataclass
 class Learned:
     "What is known of a task that was learned."
@@ -270,17 +266,6 @@ def find_method(method: str | type[LifelongNetwork]) -> Method:
             f"{found.title} starts from trained networks, which a study trains first (`lifelong`, `mtl`). Choose another method."
         )
     return found
-
-
-def find_name(
-    task: str,  # as it was given
-    known: Sequence[str],  # names of the tasks that there are
-) -> int:
-    "Place of a task in a list of names, which are a user's own and are taken as they are written."
-    names = [composed(name) for name in known]
-    if not isinstance(task, str) or composed(task) not in names:
-        raise BadInput(f"Unknown task {brief(task)}. Choose from: {', '.join(known)}.")
-    return names.index(composed(task))
 
 
 def check_prepared(
@@ -362,23 +347,26 @@ def image_learner(
     learn = ImageLearner(network, method, tasks, prepare, settings, pick_device(device), folder, tfms)
     for task in tasks:  # some may have been read from elsewhere, and scaled by their own images
         check_prepared(task, prepare)
+    if learn.folder:
+        check_folder(learn.folder)
     return learn.go_on() if learn.folder and (learn.folder / MODEL).exists() else learn
 
 
-MODEL, SCORES = "model.json", "history.csv"
+MODEL = "model.json"
 
 # %% ../nbs/50_vision.ipynb #2aad9af9
 @patch
 def fit(
     self: ImageLearner,
     epochs: int | None = None,  # at most, of each task; None: as the settings say
+    cbs: Sequence[Callback] = (),  # fastai's, of the training of each task
 ) -> ImageLearner:
     "Learn the tasks that are not learned yet, one after the other."
     if len(self.learned) == len(self.tasks) and not self.folder:  # with a folder the same lines may run again
         raise BadInput(f"All tasks are learned ({', '.join(self.names)}). Bring a new one by `add_task`.")
     settings = self.settings if epochs is None else replace(self.settings, epochs=epochs)
     while len(self.learned) < len(self.tasks):
-        self.learn_next(settings)
+        self.learn_next(settings, cbs)
     return self
 
 
@@ -388,7 +376,7 @@ def learner(
     cbs: Sequence[Callback] = (),
     settings: FitSettings | None = None,  # None: the model's own
 ) -> TaskLearner:
-    "The fastai Learner of the next task, on a copy of the network: for `lr_find`, `fit_one_cycle` and callbacks."
+    "The fastai Learner of the next task, to try things with: it trains a copy of the network, which the model does not take in."
     task, s = len(self.learned), settings or self.settings
     if task == len(self.tasks):
         raise BadInput("All tasks are learned: `learner` is for the next one.")
@@ -411,12 +399,13 @@ def learner(
 def learn_next(
     self: ImageLearner,
     settings: FitSettings | None = None,  # None: the model's own
+    cbs: Sequence[Callback] = (),  # fastai's, of the training
 ) -> None:
     "Learn the next task, and take it in when all went well."
     number = len(self.learned)
     task, s = self.tasks[number], settings or self.settings
     stages = bool(self.network.callbacks())
-    cbs = [ShowEpochs(task.name), *([] if stages else [StopEarly(s.patience)])]
+    cbs = [*cbs, ShowEpochs(task.name), *([] if stages else [StopEarly(s.patience)])]
     keep = self.checkpoint(task, s)
     learn = self.learner(cbs + ([keep] if keep else []), s)
     history = train(learn).assign(task=task.name)
@@ -547,14 +536,18 @@ def show_batch(
     n: int = 16,  # images, at most
     split: str = "train",  # "train", "valid" or "test"
 ) -> plt.Figure:
-    "Some images of a task, as they are given to training."
+    "Some images of a task; those to train on as augmentation changes them."
     known = find_name(task, self.names)
     data = getattr(self.tasks[known], check_choice("split", split, ["train", "valid", "test"]))
     if not len(data.y):
         raise BadInput(f"There are no {split} images of '{task}' here: a model keeps its test images alone.")
     some = torch.linspace(0, max(0, len(data.y) - 1), min(n, len(data.y))).round().long()
     titles = [self.tasks[known].classes[c] for c in data.y[some].tolist()]
-    return _grid(self.prepare.pixels(data.x[some]), titles, ["black"] * len(titles))
+    x = data.x[some]
+    if self.tfms and split == "train":
+        with seeded(self.settings.seed, "show"):
+            x = Augment(self.tfms, self.prepare).changed(x)
+    return _grid(self.prepare.pixels(x), titles, ["black"] * len(titles))
 
 
 @patch
@@ -573,6 +566,14 @@ def show_results(
 
 # %% ../nbs/50_vision.ipynb #7e672570
 FORMAT = 1  # of the folder
+OURS = "network-", "images-", "history-", "training.safetensors"  # how the names of a model's other files begin
+
+
+def check_folder(folder: Path) -> None:
+    "Refuse a folder that holds something else than a model, or what is left of one that was being written."
+    there = [f.name for f in folder.iterdir() if not f.name.startswith(".")] if folder.is_dir() else []
+    if folder.exists() and not folder.is_dir() or MODEL not in there and not all(name.startswith(OURS) for name in there):
+        raise BadInput(f"'{folder}' holds something that is no model. Choose an empty folder or a new one.")
 
 
 @patch
@@ -585,12 +586,18 @@ def export(
     if not self.learned:
         raise BadInput("Nothing is learned yet: call `fit()` before `export`.")
     folder, n = check_path("folder", folder), len(self.learned)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir()) and not (folder / MODEL).exists() and self.folder != folder):
-        raise BadInput(f"'{folder}' holds something that is no model. Choose an empty folder or a new one.")
+    check_folder(folder)
+    if (folder / MODEL).exists() and (lost := {of["name"] for of in read_model(folder)["tasks"]} - {of.name for of in self.learned}):
+        raise BadInput(f"The model in '{folder}' has learned {', '.join(sorted(lost))}, which this one has not. Choose another folder, or go on with that model by `load_learner`.")
     tensors = {}
     for t, task in enumerate(self.tasks[:n]):
         tensors |= {f"{t}.x": self.prepare.pixels(task.test.x), f"{t}.y": task.test.y} if images else {}
-    files = dict(network=_put(self.network.state_dict(), folder, "network"), images=_put(tensors, folder, "images"))
+    written = {
+        "network-{}.safetensors": partial(save_tensors, self.network.state_dict()),
+        "images-{}.safetensors": partial(save_tensors, tensors),
+        "history-{}.csv": lambda path: self.history.to_csv(path, index=False),
+    }
+    files = {name.partition("-")[0]: _put(write, folder, name) for name, write in written.items()}
     about = dict(
         format=FORMAT,
         dfcnn=dfcnn.__version__,
@@ -603,22 +610,24 @@ def export(
         tasks=[asdict(t) for t in self.learned],
         files=files,
     )
-    write_text(folder / SCORES, self.history.to_csv(index=False))
     write_text(folder / MODEL, json.dumps(about | dict(sha256=_sha256(about)), indent=1))
-    for old in [*folder.glob("network-*.safetensors"), *folder.glob("images-*.safetensors")]:
+    for old in (file for name in written for file in folder.glob(name.format("*"))):
         if old.name not in [f["name"] for f in files.values()]:
             old.unlink()
     return folder
 
 
-def _put(tensors: dict[str, torch.Tensor], folder: Path, what: str) -> dict[str, str]:
-    "Write tensors to a file that is named by its content."
+def _put(
+    write: Callable[[Path], object],
+    folder: Path,
+    name: str,  # with a place for the checksum
+) -> dict[str, str]:  # the name that it has now, and the whole checksum
+    "Write a file that is named by its content."
     folder.mkdir(parents=True, exist_ok=True)
-    new = folder / f"{what}-new.safetensors"
-    save_tensors(tensors, new)
+    write(new := folder / name.format("new"))
     sha256 = file_sha256(new)
-    new.replace(folder / f"{what}-{sha256[:12]}.safetensors")
-    return dict(name=f"{what}-{sha256[:12]}.safetensors", sha256=sha256)
+    new.replace(folder / name.format(sha256[:12]))
+    return dict(name=name.format(sha256[:12]), sha256=sha256)
 
 
 def _sha256(about: dict[str, Any]) -> str:
@@ -682,8 +691,8 @@ def _build(about: dict[str, Any], folder: Path, device: torch.device, tfms: Sequ
         tasks.append(Task(of["name"], of["classes"], empty, empty, test))
     settings = FitSettings(**about["settings"])
     learn = ImageLearner(network.to(device).eval(), method, tasks, prepare, settings, device, folder if keep else None, tfms)
-    if (folder / SCORES).exists():
-        learn.history = pd.read_csv(folder / SCORES, dtype={k: t for k, t in HISTORY.items() if t != "object"})
+    numbers = {k: t for k, t in HISTORY.items() if t != "object"}  # all else is text, whatever it looks like
+    learn.history = pd.read_csv(folder / about["files"]["history"]["name"], dtype=dict.fromkeys([*HISTORY, "task"], str) | numbers, keep_default_na=False, na_values=dict.fromkeys(numbers, ""))
     learn.learned, learn.made_with = [Learned(**of) for of in about["tasks"]], about["dfcnn"]
     return learn
 
@@ -696,7 +705,8 @@ def go_on(self: ImageLearner) -> ImageLearner:
     mine = [(t.name, t.classes, [len(s.y) for s in (t.train, t.valid, t.test)]) for t in self.tasks]
     theirs = [(t.name, t.classes, t.images) for t in there.learned]
     same = [getattr(there, k) == getattr(self, k) for k in ("method", "prepare", "settings")]
-    if mine[: len(theirs)] != theirs or not all(same):
+    kept = all(not len(theirs.test.y) or torch.equal(theirs.test.x, mine.test.x) for theirs, mine in zip(there.tasks, self.tasks))
+    if mine[: len(theirs)] != theirs or not all(same) or not kept:
         raise BadInput(
             f"'{self.folder}' holds a model of other tasks, images or settings ({', '.join(t.name for t in there.learned)} by"
             f" {there.method.title}). Choose another folder, or go on with it by `load_learner`."
@@ -713,6 +723,7 @@ def add_task(
     name: str | None = None,  # None: the folder's
     shares: dict[str, float] | None = None,  # of images to train, validate and test on
     epochs: int | None = None,  # at most
+    cbs: Sequence[Callback] = (),  # fastai's, of its training
 ) -> ImageLearner:
     "Learn one more task, and say what that did to the others."
     if len(self.learned) < len(self.tasks):
@@ -733,7 +744,7 @@ def add_task(
     self.network.check_classes(len(self.learned), len(task.classes))
     before, self.tasks = self.tasks, [*self.tasks, task]
     try:
-        return self.fit(epochs)
+        return self.fit(epochs, cbs)
     except BaseException:
         if len(self.learned) < len(self.tasks):  # else it is learned, and only keeping it failed
             self.tasks = before
@@ -786,14 +797,15 @@ def export_onnx(
 # %% ../nbs/50_vision.ipynb #37f6f6e5
 def compare(
     tasks: OwnTasks,
-    methods: Sequence[str | type[LifelongNetwork]] = ("STL", "HPS", "DF-CNN"),
+    methods: Sequence[str | type[LifelongNetwork]] = ("STL", "HPS", "DF-CNN"),  # or one
     folder: str | Path | None = None,  # keep the models here, each in a folder of its own
     **settings,  # of `image_learner`
 ) -> pd.DataFrame:  # a row for each method, the most accurate first
     "Learn the same tasks by several methods: accuracy at the end over all test images, with a 95% interval, and what it took."
-    rows, right = [], {}
-    for method in methods:
-        learn = image_learner(tasks, method, folder=folder and check_path("folder", folder) / find_method(method).name, **settings)
+    rows, right, methods = [], {}, [methods] if isinstance(methods, (str, type)) else methods
+    where = lambda method: folder and check_path("folder", folder) / find_method(method).name
+    learners = [image_learner(tasks, method, folder=where(method), **settings) for method in methods]  # all refusals come first
+    for learn in learners:
         print(f"{learn.method.title}:")
         learn.fit()
         right[learn.method.title] = all_right = torch.cat([learn.outcomes(t) for t in range(len(tasks))])

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
 import time
+import warnings
 from dataclasses import replace
 from io import StringIO
 from pathlib import Path, PurePosixPath
@@ -25,7 +27,8 @@ from dfcnn.data.datasets import DATASETS, list_dataset
 from dfcnn.methods.registry import METHODS
 from dfcnn.experiments.figures import cost_table
 from dfcnn.experiments.studies import lifelong_study
-from dfcnn.vision import image_learner, load_learner
+from dfcnn.training.learner import Callback
+from dfcnn.vision import aug_transforms, image_learner, load_learner
 
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
@@ -86,10 +89,9 @@ class Die(Callback):
         if self.epoch == 2 and self.learn.task == 1 and os.environ.get("DIE"): os._exit(9)
 tasks = tasks_from_folder('photos', size=16)
 learn = image_learner(tasks, DFCNN, device='cpu', epochs=4, patience=0, folder=FOLDER)
-usual, keep = learn.learner, learn.checkpoint
-learn.learner = lambda cbs, settings: usual([*cbs, Die()], settings)
+keep = learn.checkpoint
 learn.checkpoint = lambda task, settings: keep(task, settings, every=0.0)
-learn.fit()
+learn.fit(cbs=[Die()])
 """
     killed = code.replace("FOLDER", repr(str(tmp_path / "killed")))
     process("import os\nos.environ['DIE'] = '1'\n" + killed, photos, ok=False)
@@ -169,9 +171,14 @@ def test_the_same_lines_run_again(photos, tmp_path):
     "With `fit(epochs)` too, after a task that was interrupted and after the end."
     tasks = tasks_from_folder(photos / "photos", size=16)
     learn = image_learner(tasks, device="cpu", folder=tmp_path / "model")
-    usual, learn.learn_next = learn.learn_next, lambda settings: usual(settings) if not learn.learned else (_ for _ in ()).throw(KeyboardInterrupt)
+
+    class Interrupt(Callback):
+        def before_fit(self):
+            if learn.learned:
+                raise KeyboardInterrupt
+
     with pytest.raises(KeyboardInterrupt):
-        learn.fit(epochs=1)
+        learn.fit(epochs=1, cbs=[Interrupt()])
     assert learn.settings.epochs == 40  # what was said of one call holds for it alone
     for _ in range(2):
         again = image_learner(tasks, device="cpu", folder=tmp_path / "model").fit(epochs=1)
@@ -312,3 +319,37 @@ def test_a_data_set_that_a_user_lists_is_known_to_workers(tmp_path):
     finally:
         del DATASETS["mine"]
     assert [r.config.dataset for r in records] == ["mine", "mine"]
+
+
+def test_other_test_images_are_not_taken_for_those_of_a_model(photos, tmp_path):
+    "Names, classes and numbers of images are the same; what a later task does is told by the images that the model keeps."
+    shutil.copytree(photos / "photos", tmp_path / "photos")
+    image_learner(tasks_from_folder(tmp_path / "photos", size=16), "STL", epochs=1, device="cpu", folder=tmp_path / "model").fit()
+    for file in (tmp_path / "photos/birds").rglob("*.png"):
+        Image.open(file).transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(file)
+    with pytest.raises(BadInput, match="a model of other tasks, images or settings"):
+        image_learner(tasks_from_folder(tmp_path / "photos", size=16), "STL", epochs=1, device="cpu", folder=tmp_path / "model")
+
+
+def test_a_folder_with_something_else_in_it_is_left_alone(photos, tmp_path):
+    (tmp_path / "history.csv").write_text("of a CSVLogger")
+    with pytest.raises(BadInput, match="holds something that is no model"):
+        image_learner(tasks_from_folder(photos / "photos", size=16), device="cpu", folder=tmp_path)
+    assert [f.name for f in tmp_path.iterdir()] == ["history.csv"]
+
+
+def test_reading_photos_leaves_warnings_as_they_were(photos, tmp_path, monkeypatch):
+    "`catch_warnings` is not for threads: what one of them changes may stay."
+    monkeypatch.setenv("DFCNN_CACHE", str(tmp_path))
+    before = list(warnings.filters)
+    for size in (17, 18):
+        tasks_from_folder(photos / "photos", size=size)
+    assert warnings.filters == before
+
+
+def test_augmented_images_are_shown_as_augmented(photos):
+    tasks = tasks_from_folder(photos / "photos", size=16)
+    plain, augmented = (image_learner(tasks, device="cpu", tfms=tfms) for tfms in ((), aug_transforms(do_flip=False)))
+    pictures = lambda learn, split: np.stack([ax.images[0].get_array() for ax in learn.show_batch(tasks[0].name, 4, split).axes[:4]])
+    assert (pictures(plain, "train") != pictures(augmented, "train")).any()
+    assert (pictures(plain, "valid") == pictures(augmented, "valid")).all()

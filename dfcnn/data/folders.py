@@ -11,7 +11,8 @@ import warnings
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from difflib import get_close_matches
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 from typing import Any, Iterable, NamedTuple, Sequence
@@ -31,9 +32,9 @@ from .tasks import DataSet, Split, Task, show_tasks
 __all__ = ['PHOTO_SUFFIXES', 'PARTS', 'NOT_MEANT', 'WHOLE', 'EXPECTED', 'FITS', 'SHARES', 'OWN', 'FEW', 'UNEVEN', 'Photo',
            'listing', 'photos_of_class', 'photos_of_task', 'photos_in', 'eight_bits', 'to_square', 'read_photo',
            'as_images', 'read_all', 'left_out', 'read_photos', 'read_folder', 'check_shares', 'divide', 'Preparation',
-           'as_pixels', 'check_file_exists', 'groups_of', 'OwnData', 'own_data', 'seen_in_training', 'OwnTasks',
-           'tasks_from_images', 'tasks_from_folder', 'task_from_folder', 'items_of', 'as_label', 'parts_of',
-           'tasks_from_datasets']
+           'as_pixels', 'check_file_exists', 'groups_of', 'OwnData', 'own_data', 'seen_in_training', 'find_name',
+           'OwnTasks', 'tasks_from_images', 'tasks_from_folder', 'task_from_folder', 'items_of', 'is_pair',
+           'image_and_label', 'as_label', 'parts_of', 'class_names', 'tasks_from_datasets']
 
 # %% ../../nbs/05_folders.ipynb #0b69d2e9
 PHOTO_SUFFIXES = IMAGE_SUFFIXES | {".gif", ".tif", ".tiff"}
@@ -167,8 +168,7 @@ def read_photo(
     name = "in memory" if isinstance(source, bytes) else str(source)
     data = source if isinstance(source, bytes) else read_file(Path(source))
     try:
-        with warnings.catch_warnings(), Image.open(BytesIO(data)) as im:
-            warnings.simplefilter("ignore")  # Pillow's own limit of pixels is the one below
+        with Image.open(BytesIO(data)) as im:
             if im.width * im.height > MOST_PIXELS:
                 raise BadInput(f"Image '{name}' is {im.width}x{im.height}, but at most {MOST_PIXELS:,} pixels are read. Make it smaller.")
             im.draft(None, (2 * size, 2 * size))
@@ -212,7 +212,8 @@ def read_all(photos: Sequence[Photo], size: int, fit: str) -> np.ndarray:  # uin
         except BadInput as e:
             wrong.append(str(e))
 
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+    with warnings.catch_warnings(), ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        warnings.simplefilter("ignore")  # of Pillow; here, since what a thread changes of it would stay for the whole process
         bar.update(0)
         for start in range(0, len(photos), 256):
             list(pool.map(read, range(start, min(start + 256, len(photos)))))
@@ -283,13 +284,12 @@ def divide(
     "The images of one class for each set."
     there = {part: images.of(part, label) for part in images.parts}
     there = {part: of[torch.randperm(len(of), generator=generator)] for part, of in there.items() if len(of)}
-    number = lambda of, *of_all: max(1, round(len(of) * of_all[0] / sum(of_all)))
     if (n := len(whole := there.get(WHOLE, ()))) > 2:  # at least one image in each set
         test = min(max(1, round(n * shares["test"])), n - 2)
         valid = min(max(1, round(n * shares["valid"])), n - 1 - test)
         there = dict(zip(("test", "valid", "train"), whole.split([test, valid, n - test - valid])))
     elif "valid" not in there and "train" in there:
-        n = number(there["train"], shares["valid"], shares["train"])
+        n = max(1, round(len(there["train"]) * shares["valid"] / (shares["valid"] + shares["train"])))
         there |= dict(valid=there["train"][:n], train=there["train"][n:])
     elif "test" not in there and "valid" in there:
         half = len(there["valid"]) // 2
@@ -358,12 +358,13 @@ def as_pixels(
     if x.dtype == bool:  # a mask
         x = x.astype("uint8") * 255
     if x.dtype != np.uint8:
-        if not np.isfinite(x).all() or x.min() < 0 or x.max() > (1 if x.dtype.kind == "f" else 255):
+        beyond = 1e-3 if x.dtype.kind == "f" else 0  # by rounding, when an image was resized
+        if not np.isfinite(x).all() or x.min() < -beyond or x.max() > (1 + beyond if x.dtype.kind == "f" else 255):
             raise BadInput(
                 f"Pixels are numbers from 0 to 1, or whole ones from 0 to 255, but these are {x.dtype} from {x.min():g} to"
                 f" {x.max():g}. Give images before they are normalized."
             )
-        x = (x * 255).round().astype("uint8") if x.dtype.kind == "f" else x.astype("uint8")
+        x = (x.clip(0, 1) * 255).round().astype("uint8") if x.dtype.kind == "f" else x.astype("uint8")
     x = x if x.shape[2] == 4 else np.broadcast_to(x, (*x.shape[:2], 3))
     return as_pixels(Image.fromarray(x.copy()), size, fit)
 
@@ -381,11 +382,6 @@ def groups_of(classes: Iterable[str]) -> list[tuple[str, list[str]]]:
     for name in classes:
         groups.setdefault(name.partition("/")[0], []).append(name)
     return list(groups.items())
-
-
-@lru_cache(maxsize=8)
-def _listed(classes: tuple[str, ...]) -> list[tuple[str, list[str]]]:
-    return groups_of(classes)
 
 
 OWN = "These images are your own."
@@ -449,7 +445,7 @@ def own_data(
     groups, (channels, size) = groups_of(images.classes), images.x.shape[1:3]
     arch = f"own-{channels}x{size}-{max(len(c) for _, c in groups)}"  # see `architecture_called`
     title = f"Own images ({', '.join(name for name, _ in groups)})"
-    listed, shares = partial(_listed, tuple(images.classes)), check_shares(shares or SHARES)
+    listed, shares = partial(groups_of, tuple(images.classes)), check_shares(shares or SHARES)
     return OwnData(f"folders-{images.fingerprint[:8]}", title, arch, read, listed, shares, True, quick_epochs=20, stand_in=OWN, fit=fit)
 
 # %% ../../nbs/05_folders.ipynb #297528c4
@@ -463,21 +459,33 @@ def seen_in_training(task: Task) -> int:
     return sum(of in known for of in content(task.test.x))
 
 
+def find_name(
+    task: str,  # as it was given
+    known: Sequence[str],  # names of the tasks that there are
+) -> int:
+    "Place of a task in a list of names, which are a user's own and are taken as they are written."
+    names = [composed(name) for name in known]
+    if not isinstance(task, str) or composed(task) not in names:
+        near = "".join(f" Did you mean '{name}'?" for name in get_close_matches(str(task), known, 1))
+        raise BadInput(f"Unknown task {brief(task)}.{near} Choose from: {', '.join(known)}.")
+    return names.index(composed(task))
+
+
 class OwnTasks(list):
     "Tasks of a user's own images, with what is needed to read more of them."
 
-    def __init__(self, tasks: Iterable[Task], prepare: Preparation, fingerprint: str):
+    def __init__(self, tasks: Iterable[Task], prepare: Preparation):
         super().__init__(tasks)
-        self.prepare, self.fingerprint = prepare, fingerprint  # checksum of images, names and parts
+        self.prepare = prepare
 
     def __getitem__(self, i):
         found = super().__getitem__(i)
-        return OwnTasks(found, self.prepare, self.fingerprint) if isinstance(i, slice) else found
+        return OwnTasks(found, self.prepare) if isinstance(i, slice) else found
 
     def select(self, *names: str) -> OwnTasks:
         "Some of the tasks, in the order of the names: it is the order in which they are learned."
-        known = {t.name: t for t in self}
-        return OwnTasks([known[check_choice("task", name, known)] for name in names], self.prepare, self.fingerprint)
+        known = [t.name for t in self]
+        return OwnTasks([self[find_name(name, known)] for name in names], self.prepare)
 
     def table(self) -> pd.DataFrame:
         "Images of every class in each set."
@@ -496,7 +504,7 @@ class OwnTasks(list):
             if rows["all"].max() > UNEVEN * rows["all"].min():
                 most, least = (rows.loc[i] for i in (rows["all"].idxmax(), rows["all"].idxmin()))
                 said.append(f"{task}: {most['all']} images of {most['class']}, {least['all']} of {least['class']}. To guess the largest class would be right in {most['all'] / rows['all'].sum():.0%}.")
-        said += [f"{t.name}: {n} of {len(t.test.y)} test images are training images, too. Accuracy on those says nothing." for t in self if (n := seen_in_training(t))]
+        said += [f"{t.name}: {n} of {len(t.test.y)} test images are to train or to validate on, too. Accuracy on those says nothing." for t in self if (n := seen_in_training(t))]
         return said
 
     def show(self, n: int = 10) -> plt.Figure:
@@ -520,7 +528,7 @@ def tasks_from_images(
     "The tasks of images whose classes are called 'task/class'."
     data = own_data(images, shares=shares, fit=fit)
     prepare = prepare or data.preparation(images, seed)
-    return OwnTasks([data.draw(images, *group, seed, 0, prepare) for group in data.groups()], prepare, images.fingerprint)
+    return OwnTasks([data.draw(images, *group, seed, 0, prepare) for group in data.groups()], prepare)
 
 
 def tasks_from_folder(
@@ -548,24 +556,46 @@ def task_from_folder(
 
 # %% ../../nbs/05_folders.ipynb #d18c15cc
 def items_of(
-    source: Any,  # what has a length and can be indexed; or a pair of tensors or arrays
+    source: Any,  # what has a length and can be indexed; or a pair (images, labels)
     size: int,  # height and width that all images are brought to
     fit: str,  # how: one of `FITS`
 ) -> tuple[np.ndarray, list[int]]:  # uint8 (n, 3, size, size), and a label for each
-    "Pixels and labels of a data set of (image, label), or of a pair (images, labels). Raises `BadInput` for anything else."
-    pairs = source
-    if isinstance(source, (tuple, list)) and len(source) == 2 and all(hasattr(o, "shape") for o in source):
+    "Pixels and labels of a data set, or of a pair (images, labels). Raises `BadInput` for anything else."
+    items = source
+    if is_pair(source):
         if len(source[0]) != len(source[1]):
             raise BadInput(f"There are {len(source[0])} images and {len(source[1])} labels.")
-        pairs = list(zip(*source))
+        items = list(zip(*source))
     elif not (hasattr(source, "__getitem__") and hasattr(source, "__len__")):
-        raise BadInput(f"A task comes from DataLoaders, a Dataset, a dict of them or a pair of tensors, but this is a {type(source).__name__}.")
-    x, y = np.empty((len(pairs), 3, size, size), "uint8"), []
-    for i in range(len(pairs)):
-        image, label = pairs[i]
+        raise BadInput(f"A task comes from DataLoaders, a Dataset, a dict of them or a pair (images, labels), but this is a {type(source).__name__}.")
+    x, y = np.empty((len(items), 3, size, size), "uint8"), []
+    for i in range(len(items)):
+        image, label = image_and_label(items[i], i)
         x[i] = as_pixels(image, size, fit)
         y.append(as_label(label, i))
     return x, y
+
+
+def is_pair(source: Any) -> bool:
+    "Is it (images, labels), and not a data set of two items?"
+    if not isinstance(source, (tuple, list)) or len(source) != 2:
+        return False
+    if all(hasattr(part, "shape") for part in source):
+        return True
+    labels = source[1]
+    return isinstance(labels, (list, tuple)) and all(isinstance(label, (int, np.integer)) for label in labels)
+
+
+def image_and_label(item: Any, i: int) -> tuple[Any, Any]:  # `i`: its place, for the refusal
+    "An item of a data set: a pair, or a dict with an `image` (or `img`) and a `label`."
+    if isinstance(item, dict):
+        image = next((item[k] for k in ("image", "img") if k in item), None)
+        if image is not None and "label" in item:
+            return image, item["label"]
+        item = [*item]
+    elif isinstance(item, (tuple, list)) and len(item) == 2:
+        return item[0], item[1]
+    raise BadInput(f"An item of a data set is (image, label), or a dict with 'image' and 'label', but item {i} is {brief(item)}.")
 
 
 def as_label(label: Any, i: int) -> int:  # `i`: the place of its image, for the refusal
@@ -579,17 +609,29 @@ def as_label(label: Any, i: int) -> int:  # `i`: the place of its image, for the
     return int(number)
 
 
-def parts_of(source: Any) -> tuple[dict[str, Any], Sequence[str] | None]:  # part -> data set; names of classes
+def parts_of(source: Any) -> dict[str, Any]:  # part -> data set
     "The parts of whatever holds a task."
     if hasattr(source, "train_ds") and hasattr(source, "valid_ds"):
-        return dict(train=source.train_ds, valid=source.valid_ds), getattr(source, "vocab", None)
+        return dict(train=source.train_ds, valid=source.valid_ds)
     parts = source if isinstance(source, dict) else {WHOLE: source}
     if strange := [k for k in parts if k != WHOLE and k not in SHARES]:
         raise BadInput(f"A task's parts are {', '.join(SHARES)}, but one is called {brief(strange[0])}.")
-    first = next(iter(parts.values()), None)
-    if set(parts) == {"train"}:  # nothing is set aside yet
-        parts = {WHOLE: first}
-    return parts, getattr(first, "classes", None)
+    return {WHOLE: parts["train"]} if set(parts) == {"train"} else parts  # nothing is set aside yet
+
+
+def class_names(
+    task: str,  # its name, for the refusal
+    holders: Iterable[Any],  # whatever may name the classes: DataLoaders, data sets
+) -> list[str] | None:  # None: nobody does
+    "The names of classes by their numbers. Raises `BadInput` where two data sets number them differently."
+    found = (getattr(of, "classes", getattr(of, "vocab", None)) for of in holders)
+    named = [[*map(str, names)] for names in found if names is not None]
+    if differs := next((other for other in named if other != named[0]), None):
+        raise BadInput(
+            f"The data sets of task '{task}' number their classes differently: {brief(named[0])} and {brief(differs)}. Give all of them the same `classes`."
+        )
+    return named[0] if named else None
+
 
 # %% ../../nbs/05_folders.ipynb #40e72af6
 def tasks_from_datasets(
@@ -610,14 +652,15 @@ def tasks_from_datasets(
     for name, source in sources.items():
         if not str(name) or "/" in str(name):
             raise BadInput(f"A task's name is text without '/', but one is {brief(name)}.")
-        parts, classes = parts_of(source)
+        parts = parts_of(source)
+        classes = class_names(name, [source, *parts.values()])
         read = {part: items_of(of, size, fit) for part, of in parts.items()}
         labels = sorted({label for _, y in read.values() for label in y})
         if len(labels) < 2:
             raise BadInput(f"Task '{name}' has {len(labels)} classes, and to tell them apart there must be two.")
         if classes is not None and labels[-1] >= len(classes):
             raise BadInput(f"Task '{name}' has the label {labels[-1]}, but only {len(classes)} classes are named.")
-        named = lambda label: str(classes[label]) if classes is not None else str(label)
+        named = lambda label: classes[label] if classes is not None else str(label)
         rows += [(name, part, named(label)) for label in labels for part, (_, y) in read.items() for l in y if l == label]
         pixels += [x[np.array(y) == label] for label in labels for x, y in read.values()]
     return tasks_from_images(as_images(rows, np.concatenate(pixels), channels), shares, seed, fit, prepare)

@@ -73,7 +73,7 @@ class Images:
         part: str,  # a name in `parts`
         label: int,  # an index into `classes`
     ) -> torch.Tensor:  # int64 (n,)
-        "Indices of the images of class `label` in `part`, in file order."
+        "Indices of the images of class `label` in `part`, in the order in which they are kept."
         return torch.nonzero((self.part == self.parts.index(part)) & (self.y == label)).flatten()
 
 # %% ../../nbs/01_images.ipynb #123a7f3c
@@ -584,11 +584,8 @@ def read_idx(
 # %% ../../nbs/01_images.ipynb #342a38a0
 def file_sha256(path: Path) -> str:
     "SHA-256 of a file's content, in hexadecimal digits."
-    h = hashlib.sha256()
     with path.open("rb") as f:
-        while chunk := f.read(1 << 22):
-            h.update(chunk)
-    return h.hexdigest()
+        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def fetch(
@@ -724,9 +721,7 @@ def source_key(
     "A key that changes when the source changes."
     h = hashlib.sha256(f"2/{layout.name}/{layout.size}/{kind}".encode())  # 2: version of what is checked
     if kind == "files" and where.is_file():
-        with where.open("rb") as f:
-            while chunk := f.read(1 << 22):
-                h.update(chunk)
+        h.update(file_sha256(where).encode())
         return h.hexdigest()
     if kind == "torchvision":
         where = where / layout.torchvision[1]

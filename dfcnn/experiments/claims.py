@@ -214,17 +214,20 @@ def forgetting_claims() -> list[Claim]:
         Claim(
             "F4", "Sec. 4.3", "CIFAR-100", "Fig. 4c",
             "DF-CNN loses most on its first tasks, and hardly anything from the fourth on.",
-            (single(C, EARLY_LOSS, "DF-CNN", below(0)), single(C, LATE_CHANGE, "DF-CNN", within(POINTS))),
+            (
+                single(C, EARLY_LOSS, "DF-CNN", below(0), grows=True),
+                single(C, LATE_CHANGE, "DF-CNN", within(POINTS), grows=True),
+            ),
         ),
         Claim(
             "F5", "Sec. 4.3", "CIFAR-100", "Fig. 4d",
             "The reduced DF-CNN loses its first task badly (a tenth more than the others, or worse).",
-            (single(C, FIRST_KEPT, "DF-CNN-reduced", below(-0.1)),),
+            (single(C, FIRST_KEPT, "DF-CNN-reduced", below(-0.1), grows=True),),
         ),
         Claim(
             "F6", "App. D", "CIFAR-100", "Fig. 6b",
             "DF-CNN.tc2 does not harm earlier tasks (by a point or more).",
-            (single(C, BACKWARD, "DF-CNN.tc2", above(-1)),),
+            (single(C, BACKWARD, "DF-CNN.tc2", above(-1), grows=True),),
         ),
     ]
 
@@ -235,7 +238,7 @@ def transfer_claims() -> list[Claim]:
         Claim(
             "T1", "Sec. 4.3", "CIFAR-100", "Fig. 4c",
             "Under DF-CNN earlier tasks improve while the last three are learned.",
-            (single(C, LATE_GAIN, "DF-CNN", above(0)),),
+            (single(C, LATE_GAIN, "DF-CNN", above(0), grows=True),),
         ),
         Claim(
             "T2", "Sec. 4.3", "CIFAR-100", "Fig. 4a, 4b",
@@ -246,8 +249,8 @@ def transfer_claims() -> list[Claim]:
             "T3", "App. D", "CIFAR-100", "Fig. 6b",
             "DF-CNN.tc2 begins below single networks and ends above them.",
             (
-                difference(C, peak_of(1, 2, 3), "DF-CNN.tc2", "STL", below(0)),
-                difference(C, peak_of(8, 9, 10), "DF-CNN.tc2", "STL", above(0)),
+                difference(C, peak_of(1, 2, 3), "DF-CNN.tc2", "STL", below(0), grows=True),
+                difference(C, peak_of(8, 9, 10), "DF-CNN.tc2", "STL", above(0), grows=True),
             ),
         ),
     ]
@@ -273,8 +276,8 @@ def cost_claims() -> list[Claim]:
         ),
         Claim(
             "C1", "Sec. 4.3", "both", "Fig. 3a, 5a",
-            "ProgNN trains twice as long as single networks (less a fifth), or longer.",
-            (*[ratio(data, SECONDS, "ProgNN", "STL", above(2 * (1 - FIFTH)), one_machine=True) for data in (C, O)],),
+            "ProgNN trains about twice as long as single networks (to a fifth).",
+            (*[ratio(data, SECONDS, "ProgNN", "STL", Rule(2 * (1 - FIFTH), 2 * (1 + FIFTH)), one_machine=True) for data in (C, O)],),
         ),
         Claim(
             "C2", "Fig. 3a, 5a", "both", "Fig. 4 to 7",

@@ -19,6 +19,8 @@ from .claims import C, ERROR, FIFTH, O, PEAK, POINTS, claims, findings, scorecar
 from dfcnn.experiments.figures import (
     SETTINGS,
     convergence_figure,
+    difference_figure,
+    difference_table,
     error_curves,
     error_table,
     forgetting_figure,
@@ -141,7 +143,7 @@ _SINGLE, _DF = ("STL", "STL-large"), ("DF-CNN", "DF-CNN-reduced")
 _CIFAR100 = (*_SINGLE, "HPS", "ProgNN", "DEN", *_DF)
 ON_CIFAR100 = [
     Shown(
-        "Fig. 3a: peak accuracy on CIFAR-100", C, _CIFAR100, (peak_table,),
+        "Fig. 3a: peak accuracy on CIFAR-100", C, _CIFAR100, (peak_table, difference_table, difference_figure),
         "DF-CNN leads, its reduced form follows, then the large STL. ProgNN and STL are even, DEN is a "
         "little lower, and HPS is last by far.",
     ),
@@ -169,7 +171,7 @@ ON_CIFAR100 = [
 _HOME = (*_SINGLE, "HPS", "ProgNN", "DEN", "DF-CNN")
 ON_HOME = [
     Shown(
-        "Fig. 5a: peak accuracy on Office-Home", O, _HOME, (peak_table,),
+        "Fig. 5a: peak accuracy on Office-Home", O, _HOME, (peak_table, difference_table, difference_figure),
         "HPS and the large STL lead, DF-CNN follows, then ProgNN and STL. DEN is far behind.",
     ),
     Shown(

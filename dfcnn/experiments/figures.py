@@ -15,6 +15,7 @@ from textwrap import fill
 from typing import Any, Callable, Sequence
 
 import matplotlib.pyplot as plt
+from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 import numpy as np
 import pandas as pd
@@ -30,6 +31,7 @@ from dfcnn.experiments.metrics import (
     accuracy_matrix,
     convergence_epochs,
     convergence_step,
+    effect,
     forgetting_curve,
     mean_ci,
     peak_accuracy,
@@ -38,11 +40,12 @@ from dfcnn.experiments.metrics import (
 from .records import Record
 
 # %% auto #0
-__all__ = ['SETTINGS', 'GREYS', 'LIFELONG_REPORT', 'ABLATION_REPORT', 'MULTITASK_REPORT', 'targets', 'method_of', 'target',
-           'parameter_table', 'size_table', 'comparable', 'by_method', 'caption', 'cost_table', 'peak_table',
+__all__ = ['SETTINGS', 'GREYS', 'REACHED', 'LIFELONG_REPORT', 'ABLATION_REPORT', 'MULTITASK_REPORT', 'targets', 'method_of',
+           'target', 'parameter_table', 'size_table', 'comparable', 'by_method', 'caption', 'cost_table', 'peak_table',
            'color_of', 'panels', 'titled', 'finish', 'learning_curves', 'forgetting_figure', 'convergence_figure',
-           'progress_figure', 'lead', 'lead_figure', 'lead_table', 'matrix_figure', 'by_fraction', 'error_table',
-           'cost_of_errors', 'error_curves', 'settings_of', 'report_suffix', 'write_report']
+           'progress_figure', 'differences', 'difference_table', 'difference_figure', 'lead', 'lead_figure',
+           'lead_table', 'matrix_figure', 'by_fraction', 'error_table', 'cost_of_errors', 'error_curves', 'settings_of',
+           'report_suffix', 'write_report']
 
 # %% ../../nbs/36_figures.ipynb #e7311ba1
 def targets() -> pd.DataFrame:
@@ -213,13 +216,13 @@ def peak_table(records: Sequence[Record]) -> pd.DataFrame:  # a row for each met
             "peak accuracy (%)": cell(rs, "peak_accuracy", scale=100),
             "at best validation (%)": cell(rs, "accuracy_at_best_valid", scale=100),
             "end of its task (%)": cell(rs, "end_of_task_accuracy", scale=100),
+            "after the last task (%)": cell(rs, "final_accuracy", scale=100),
             "training images at the end of its task (%)": cell(rs, "training_accuracy", scale=100),
             "forgetting ratio": cell(rs, "forgetting_ratio", "{:.3f}"),
             "retained since the end of its task": cell(rs, "forgetting_ratio_of_end", "{:.3f}"),
             "backward transfer (points)": cell(rs, "backward_transfer", "{:+.1f}", 100),
             "epochs to 98% of peak": cell(rs, "convergence_epochs") + finely,
             "epochs to 98% of the level at the end": cell(rs, "convergence_epochs_of_level") + finely,
-            "ms per epoch": costs.loc[title, "ms per epoch"],
         }
         if not DATASETS[c.dataset].stand_in:
             peak, half = target(c.dataset, title, "peak_per_task_accuracy")
@@ -372,6 +375,73 @@ def progress_figure(records: Sequence[Record]) -> plt.Figure:
     dotted = "; dotted: the peaks that the paper prints (a mean of peaks lies a little above its curve)" * printed
     return finish(fig, records, "Accuracy of a task while it is trained, mean over the tasks" + dotted)
 
+# %% ../../nbs/36_figures.ipynb #d1ff0002
+REACHED = {  # key of a summary -> what it is
+    "peak_accuracy": "peak accuracy",
+    "end_of_task_accuracy": "accuracy at the end of its task",
+    "final_accuracy": "accuracy after the last task",
+}
+
+
+def differences(
+    records: Sequence[Record],
+    metric: str = "peak_accuracy",  # a key of `REACHED`, means over tasks
+) -> dict[str, dict[str, pd.Series]]:  # question -> method -> points, indexed by trial
+    "How far methods are above STL, and how far DF-CNN is above them; without a question on which the records say nothing."
+    of = {m: pd.Series({r.config.trial: 100 * r.summary[metric] for r in rs}) for m, rs in by_method(records).items()}
+    less = lambda a, b: (of.get(a, pd.Series(dtype=float)) - of.get(b, pd.Series(dtype=float))).dropna()
+    asked = {
+        "above STL": {m: less(m, "STL") for m in of if m != "STL"},
+        "DF-CNN above it": {m: less("DF-CNN", m) for m in of if m != "DF-CNN"},
+    }
+    there = {question: {m: points for m, points in by.items() if len(points)} for question, by in asked.items()}
+    return {question: by for question, by in there.items() if by}
+
+
+# %% ../../nbs/36_figures.ipynb #d1ff0004
+def difference_table(records: Sequence[Record]) -> pd.DataFrame | None:  # a row for each method, values as text; None where there is nothing to compare
+    "Each difference with its interval over trials, in points of accuracy."
+    columns = {
+        f"{question}: {what} (points)": {title_of(m): effect(points, "{:+.1f}") for m, points in of.items()}
+        for metric, what in REACHED.items()
+        for question, of in differences(records, metric).items()
+    }
+    table = pd.DataFrame(columns)[sorted(columns, key=lambda name: name.startswith("DF-CNN"))]  # question by question
+    return table.reindex(map(title_of, by_method(records))).dropna(how="all").fillna("").rename_axis("model") if columns else None
+
+
+# %% ../../nbs/36_figures.ipynb #d1ff0007
+def difference_figure(
+    *studies: Sequence[Record],  # one, or several that differ in their number of epochs
+    metric: str = "peak_accuracy",  # a key of `REACHED`
+) -> plt.Figure | None:  # None where there is nothing to compare
+    "Differences with their intervals, a tick for each trial."
+    found = [differences(records, metric) for records in studies]
+    questions = list(dict.fromkeys(q for asked in found for q in asked))
+    if not questions:
+        return None
+    methods = [m for m in METHODS if any(m in of for asked in found for of in asked.values())]
+    fig, axs = plt.subplots(
+        1, len(questions), sharey=True, squeeze=False, layout="constrained", figsize=(8, 1.3 + 0.15 * len(methods) * (1 + len(studies)))
+    )
+    for ax, question in zip(axs.flat, questions):
+        for i, (records, asked) in enumerate(zip(studies, found)):
+            for method, points in asked.get(question, {}).items():
+                (mean, half), color = mean_ci(points), color_of(method)
+                at = methods.index(method) + (i + 1) / (len(studies) + 1) - 0.5
+                ax.plot(points, [at] * len(points), "|", color=color, ms=8, mew=0.8)
+                ax.errorbar(mean, at, xerr=None if np.isnan(half) else half, color=color, marker="osD^v"[i % 5], ms=4, lw=1.2, capsize=2)
+        ax.axvline(0, color="0.5", lw=1)
+        ax.set_xlabel(f"{question} (points)", fontsize=9)
+        ax.grid(alpha=0.3, axis="x")
+    axs[0, 0].set_yticks(range(len(methods)), [title_of(m) for m in methods])
+    axs[0, 0].invert_yaxis()
+    if len(studies) > 1:
+        marks = [Line2D([], [], color="0.4", ls="", marker="osD^v"[i % 5]) for i in range(len(studies))]
+        fig.legend(marks, [f"{s[0].config.epochs} epochs" for s in studies], fontsize=8, loc="outside right center")
+    return titled(fig, "\n".join([f"Differences in {REACHED[metric]}, trial by trial", *map(caption, studies)]))
+
+
 # %% ../../nbs/36_figures.ipynb #6af138f8
 def lead(records: Sequence[Record]) -> dict[str, pd.DataFrame]:  # method -> trials x places in the sequence, points
     "Peak accuracy of each task less STL's on the same task of the same trial; without a method where STL has no such trial."
@@ -400,14 +470,19 @@ def lead_figure(records: Sequence[Record]) -> plt.Figure | None:  # None where t
 
 
 def lead_table(records: Sequence[Record]) -> pd.DataFrame:  # a row for each method, values as text
-    "The lead over STL on the first task and on later ones, beside the parameters that tasks share and those of a task's own."
+    "The lead over STL on the first task and on later ones, and its trend, beside the parameters that tasks share and those of a task's own."
+
+    def cell(values: pd.Series, digits: int) -> str:
+        mean, half = mean_ci(values)
+        return f"{mean:+.{digits}f}" + ("" if np.isnan(half) else f" ± {half:.{digits}f}")
+
     costs, rows = cost_table(records), {}
-    form = lambda values: "{:+.1f}".format(mean_ci(values)[0]) + ("" if len(values) < 2 else " ± {:.1f}".format(mean_ci(values)[1]))
     for method, points in lead(records).items():
         first, later = points[0], points.drop(columns=0).mean(axis=1)
-        known = {"first task": first, "later tasks": later, "later less first": later - first}
+        trend = points.apply(lambda row: np.polyfit(points.columns, row, 1)[0], axis=1) if points.shape[1] > 1 else first * np.nan
+        known = {"first task": (first, 1), "later tasks": (later, 1), "later less first": (later - first, 1), "per further task": (trend, 2)}
         own = costs.loc[title_of(method), ["shared at the start", "of each task"]]
-        rows[title_of(method)] = {f"{k} (points)": form(v.to_numpy()) for k, v in known.items() if v.notna().all()} | dict(own)
+        rows[title_of(method)] = {f"{k} (points)": cell(v, digits) for k, (v, digits) in known.items() if v.notna().all()} | dict(own)
     return pd.DataFrame(rows).T.fillna("").rename_axis("model")
 
 
@@ -520,6 +595,7 @@ LIFELONG_REPORT = {
     "forgetting.png": forgetting_figure,
     "convergence.png": convergence_figure,
     "progress.png": progress_figure,
+    "differences.png": difference_figure,
     "accuracy_matrix.png": matrix_figure,
     "lead.png": lead_figure,
 }

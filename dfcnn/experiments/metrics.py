@@ -16,7 +16,7 @@ from ..core import check_choice
 # %% auto #0
 __all__ = ['own_phase', 'peak_accuracy', 'accuracy_at_best_valid', 'accuracy_matrix', 'forgetting_ratio', 'forgetting_curve',
            'backward_transfer', 'level', 'convergence_epochs', 'convergence_step', 'scored_every', 'accuracy_by_epoch',
-           'seconds', 'epoch_seconds', 'mean_ci', 'task_means', 'summarize_together', 'summarize']
+           'seconds', 'epoch_seconds', 'mean_ci', 'effect', 'task_means', 'summarize_together', 'summarize']
 
 # %% ../../nbs/30_metrics.ipynb #7f8412ea
 def own_phase(
@@ -149,6 +149,15 @@ def mean_ci(
     if len(values) < 2:
         return float(values.mean()), float("nan")
     return float(values.mean()), float(stats.sem(values) * stats.t.ppf((1 + confidence) / 2, len(values) - 1))
+
+
+def effect(values: Sequence[float], form: str = "{:+.3g}") -> str:
+    "Mean over trials and its interval, as text."
+    mean, half = mean_ci(values)
+    if np.isnan(half):
+        return f"{form} (no interval)".format(mean)
+    return f"{form} [{form}, {form}]".format(mean, mean - half, mean + half)
+
 
 # %% ../../nbs/30_metrics.ipynb #5e45de66
 def task_means(history: pd.DataFrame) -> pd.DataFrame:  # epochs x (valid, test), accuracies from 0 to 1

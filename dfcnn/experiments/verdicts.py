@@ -21,13 +21,13 @@ from ..methods.base import count_parameters
 from ..methods.registry import METHODS, build_shapes, title_of
 from .configuration import TRAINING, RunConfig
 from .figures import SETTINGS, comparable, target
-from .metrics import mean_ci
+from .metrics import effect, mean_ci
 from .records import Record
 
 
 # %% auto #0
 __all__ = ['WIDE', 'NONE', 'APART', 'LENGTH', 'LEANS', 'NOT_RUN', 'Rule', 'above', 'below', 'within', 'studies', 'variant',
-           'once', 'Metric', 'schedule_of', 'effect', 'doubts', 'Evidence', 'single', 'difference', 'ratio', 'Counted']
+           'once', 'Metric', 'schedule_of', 'doubts', 'Evidence', 'single', 'difference', 'ratio', 'Counted']
 
 # %% ../../nbs/38_verdicts.ipynb #9f659e1d
 @dataclass(frozen=True)
@@ -140,14 +140,6 @@ def schedule_of(record: Record) -> str:
     return (c.short or whole) + f", scored every {every}" * (every > 1)
 
 
-def effect(values: Sequence[float], form: str = "{:+.3g}") -> str:
-    "Mean over trials and its interval, as text."
-    mean, half = mean_ci(values)
-    if np.isnan(half):
-        return f"{form} (no interval)".format(mean)
-    return f"{form} [{form}, {form}]".format(mean, mean - half, mean + half)
-
-
 def doubts(values: Sequence[float], study: Sequence[Record]) -> list[str]:
     "Why some numbers decide nothing, whatever they are."
     reasons = {"short run": study[0].config.short, "one trial": len(values) == 1}
@@ -186,6 +178,7 @@ class Evidence:
     form: str = "{:+.3g}"
     one_machine: bool = False  # a trial counts only where its runs were made on the same machine
     full_length: bool = False  # a task that had fewer epochs than in the paper says nothing about it
+    grows: bool = False  # with the length of the schedule, so that a shorter one is shown, and gives no provisional verdict
 
 # %% ../../nbs/38_verdicts.ipynb #32e9ba70
 @patch
@@ -206,10 +199,13 @@ def values(self: Evidence, study: Sequence[Record]) -> pd.Series:  # indexed by 
 # %% ../../nbs/38_verdicts.ipynb #8d7d4787
 @patch
 def best(
-    self: Evidence, groups: Sequence[Sequence[Record]], least: int = 1  # trials
+    self: Evidence,
+    groups: Sequence[Sequence[Record]],
+    least: int = 1,  # trials
+    whole: bool = False,  # schedules of the paper's length alone
 ) -> tuple[pd.Series, Sequence[Record]]:
     "The numbers from the longest schedule that has them, then from the most trials, and their study."
-    least_epochs = TRAINING[DATASETS[self.dataset].architecture].epochs if self.full_length else 0
+    least_epochs = TRAINING[DATASETS[self.dataset].architecture].epochs if whole or self.full_length else 0
     of_these = lambda c: c.dataset == self.dataset and c.epochs >= least_epochs
     found = [(self.values(g), g) for g in groups if of_these(g[0].config)]
     length = lambda pair: (pair[1][0].config.epochs, pair[1][0].config.tasks, len(pair[0]))
@@ -218,8 +214,8 @@ def best(
 # %% ../../nbs/38_verdicts.ipynb #16b68ac9
 @patch
 def as_it_stands(self: Evidence, groups: Sequence[Sequence[Record]]) -> dict[str, str]:
-    "The verdict on the longest study of two trials or more, whatever its length, and which study that is."
-    values, study = self.best(groups, least=2)
+    "The verdict on the longest study of two trials or more, whatever its length unless that decides, and which study that is."
+    values, study = self.best(groups, least=2, whole=self.grows)
     if not len(values):
         return dict(stands="", stands_effect="", stands_on="")
     return dict(

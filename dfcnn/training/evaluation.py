@@ -13,6 +13,7 @@ from typing import NamedTuple, Sequence
 import pandas as pd
 import torch
 from fastcore.all import patch
+from scipy import stats
 
 from ..data.tasks import Split, Task
 from ..methods.base import LifelongNetwork
@@ -25,7 +26,7 @@ with warnings.catch_warnings():  # fastai 2.8 imports parts of torch that are ab
     from fastai.callback.core import CancelValidException
 
 # %% auto #0
-__all__ = ['HISTORY', 'SPLITS', 'count_correct', 'score', 'timestamp', 'seconds_between', 'PendingScore', 'Evaluate']
+__all__ = ['HISTORY', 'SPLITS', 'count_correct', 'score', 'wilson', 'timestamp', 'seconds_between', 'PendingScore', 'Evaluate']
 
 # %% ../../nbs/23_evaluation.ipynb #9d33aaff
 @torch.no_grad()
@@ -51,6 +52,16 @@ def score(
     data = placed(data, network.n_tasks.device)
     correct, loss = count_correct(network, data, task, batch_size).tolist()
     return correct / len(data.y), loss / len(data.y)
+
+# %% ../../nbs/23_evaluation.ipynb #d6ff0002
+def wilson(
+    correct: int,  # images that were right
+    n: int,  # of so many
+) -> tuple[float, float]:  # its ends, 0 to 1
+    "95% interval of a share of `n` independent images."
+    interval = stats.binomtest(int(correct), int(n)).proportion_ci(method="wilson")
+    return float(interval.low), float(interval.high)
+
 
 # %% ../../nbs/23_evaluation.ipynb #81a3df89
 def timestamp(device: torch.device) -> float | torch.Event:  # seconds on a CPU
