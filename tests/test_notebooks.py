@@ -59,8 +59,8 @@ def test_lifelong_runs_through_papermill(tmp_path, monkeypatch):
     shown = "".join(json.dumps(c.get("outputs", [])) for c in cells)
     assert "This is a short run" in shown and "stand-in" in shown
     assert (
-        sum("image/png" in json.dumps(c.get("outputs", [])) for c in cells) == 6
-    )  # tasks, curves, forgetting, matrix, convergence, progress
+        sum("image/png" in json.dumps(c.get("outputs", [])) for c in cells) == 7
+    )  # tasks, differences, curves, forgetting, matrix, convergence, progress
     stamp = max(f.stat().st_mtime_ns for r in records for f in r.iterdir())
     monkeypatch.chdir(tmp_path)
     run_cells("lifelong", ("epochs", "1", "tasks", "2", "methods", "STL DF-CNN"))

@@ -231,7 +231,7 @@ def test_lifelong_takes_a_folder(photos, tmp_path):
     table = pd.read_csv(tmp_path / "reports/lifelong/folders/table.csv")
     assert table.model.tolist() == ["STL", "SNN", "DF-CNN"] and not any("paper" in c for c in table.columns)
     shown = "".join(json.dumps(c.get("outputs", [])) for c in json.loads(out.read_text())["cells"])
-    assert "These images are your own" in shown and shown.count("image/png") == 6
+    assert "These images are your own" in shown and shown.count("image/png") == 7
 
 
 def test_costs_where_tasks_have_unlike_numbers_of_classes(photos, tmp_path):

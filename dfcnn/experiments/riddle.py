@@ -29,9 +29,9 @@ from .runs import run
 from .studies import scoring_interval, split_names
 
 # %% auto #0
-__all__ = ['VARIANTS', 'CANDIDATES', 'METHODS_ASKED', 'SIGNS', 'in_order', 'ScaledAtOnce', 'scaled_at_once', 'DropoutAlways',
-           'Candidate', 'Riddle', 'riddle_study', 'candidate_of', 'riddle_groups', 'riddle_caption', 'accuracy_after',
-           'is_above', 'signs', 'riddle_table', 'riddle_figure']
+__all__ = ['VARIANTS', 'CANDIDATES', 'METHODS_ASKED', 'SIGNS', 'CONTROL', 'in_order', 'ScaledAtOnce', 'scaled_at_once',
+           'DropoutAlways', 'Candidate', 'Riddle', 'riddle_study', 'candidate_of', 'riddle_groups', 'riddle_caption',
+           'accuracy_after', 'is_above', 'signs', 'riddle_table', 'riddle_figure']
 
 # %% ../../nbs/42_riddle.ipynb #17e8f937
 def in_order(
@@ -304,10 +304,13 @@ def signs(
 
 
 # %% ../../nbs/42_riddle.ipynb #786a463f
+CONTROL = "HPS above STL on the first task (points)"  # where it is an STL network with other initial values
+
+
 def riddle_table(
     records: Sequence[Record],  # of one group
 ) -> pd.DataFrame:  # a row for each candidate, and the paper's; values as text
-    "What each candidate reaches, half-way and at the end, and which of the `SIGNS` it shows."
+    "What each candidate reaches, half-way and at the end, which of the `SIGNS` it shows, and the control."
     found: dict[str, dict[str, Record]] = {}
     for r in records:
         name, method = candidate_of(r.config)
@@ -318,9 +321,12 @@ def riddle_table(
         at = lambda r, epochs: 100 * accuracy_after(r, epochs, range(r.config.tasks))
         course = {m: f"{at(r, r.config.epochs / 2):.1f} → {at(r, r.config.epochs):.1f}" for m, r in found[name].items()}
         rows[name] = course | signs(found[name])
+        if {"STL", "HPS"} <= set(found[name]):
+            stl, hps = (100 * accuracy_after(found[name][m], found[name][m].config.epochs, [0]) for m in ("STL", "HPS"))
+            rows[name][CONTROL] = f"{hps - stl:+.1f}"
     paper = {m: f"{target('cifar100', title_of(m), 'peak_per_task_accuracy')[0]}" for m in METHODS_ASKED}
     rows["the paper (peak, 2,000 epochs)"] = paper | dict.fromkeys(SIGNS, "yes")
-    return pd.DataFrame(rows, index=[*METHODS_ASKED, *SIGNS]).T.fillna("").rename_axis("candidate")
+    return pd.DataFrame(rows, index=[*METHODS_ASKED, *SIGNS, CONTROL]).T.fillna("").rename_axis("candidate")
 
 
 # %% ../../nbs/42_riddle.ipynb #89f2cfbd
