@@ -11,7 +11,7 @@ os.environ["LOKY_MAX_CPU_COUNT"] = "1"  # the tests go side by side already: stu
 import pytest
 from PIL import Image
 
-from dfcnn.data.images import CIFAR100_CLASSES, OFFICEHOME_CLASSES
+from dfcnn.data.sources import CIFAR100_CLASSES, OFFICEHOME_CLASSES
 from dfcnn.methods.registry import METHODS
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -15,9 +15,9 @@ from conftest import picture
 from PIL import Image
 
 from dfcnn.core import BadInput
-from dfcnn.data import images as images_module
+from dfcnn.data import sources as sources_module
 from dfcnn.data.datasets import task_sequence
-from dfcnn.data.images import CIFAR100_CLASSES, OFFICEHOME_CLASSES, load_images
+from dfcnn.data.sources import CIFAR100_CLASSES, OFFICEHOME_CLASSES, load_images
 from dfcnn.data.tasks import officehome_groups
 
 
@@ -57,7 +57,7 @@ def test_cifar_folder_archive_and_cache(cifar, archive, monkeypatch):
     assert folder.x[folder.of("train", 7), 0, 0, 0].unique().tolist() == [14]
     assert load_images("cifar100", archive.parent).fingerprint == folder.fingerprint
     assert load_images("cifar100", archive).fingerprint == folder.fingerprint
-    monkeypatch.setattr(images_module, "decode", lambda *a: pytest.fail("the cache was not used"))
+    monkeypatch.setattr(sources_module, "decode", lambda *a: pytest.fail("the cache was not used"))
     assert load_images("cifar100", cifar).fingerprint == folder.fingerprint
 
 

@@ -27,11 +27,11 @@ from PIL import Image
 
 from dfcnn.core import BadInput, check_number, check_path
 from dfcnn.data import images as images_module
-from dfcnn.data.images import (
+from dfcnn.data.images import load_saved
+from dfcnn.data.sources import (
     LAYOUTS,
     Layout,
     load_images,
-    load_saved,
     members,
     read_files,
     read_idx_file,

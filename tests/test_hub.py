@@ -20,7 +20,7 @@ from PIL import Image
 from test_notebooks import papermill
 
 from dfcnn.core import BadInput
-from dfcnn.data.images import LAYOUTS, OFFICEHOME_CLASSES, download_parquet, load_images
+from dfcnn.data.sources import LAYOUTS, OFFICEHOME_CLASSES, download_parquet, load_images
 
 REPO, COMMIT = "flwrlabs/office-home", "0123456789abcdef0123456789abcdef01234567"
 FIRST, SECOND = FILES = [f"data/train-{k:05}-of-00002.parquet" for k in range(2)]

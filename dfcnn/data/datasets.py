@@ -13,7 +13,8 @@ import torch
 from ..core import BadInput, check_choice, check_number, stream
 from .binary import COUNTS, POOLS, multitask_dataset
 from .folders import own_data, read_folder
-from .images import Images, load_images
+from .images import Images
+from .sources import load_images
 from .shapes import shapes, shapes_home
 from dfcnn.data.tasks import (
     DataSet,
@@ -124,7 +125,7 @@ def list_dataset(
 
 
 def own_dataset(
-    data_dir: str | Path,  # laid out as `05_folders` says
+    data_dir: str | Path,  # laid out as `06_folders` says
     size: int = 64,  # height and width that all images are brought to
     fit: str = "crop",
 ) -> tuple[DataSet, Images]:

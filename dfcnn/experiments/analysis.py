@@ -18,7 +18,7 @@ from scipy import stats
 
 from ..core import BadInput, check_choice, check_number, stream
 from ..data.datasets import DATASETS
-from ..data.images import CIFAR100_SUPERCLASSES
+from ..data.sources import CIFAR100_SUPERCLASSES
 from ..data.tasks import Task
 from ..methods.base import LifelongNetwork, conv_block
 from ..methods.deconvolutional import DFCNN, SIZES, Sizes
