@@ -9,7 +9,6 @@ import copy
 import hashlib
 import json
 import os
-import random
 import warnings
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
@@ -23,7 +22,6 @@ import pandas as pd
 import torch
 from PIL import Image
 from fastcore.basics import patch
-from fastprogress import progress_bar
 from scipy import stats
 from torch import nn
 
@@ -32,9 +30,7 @@ from dfcnn.core import (
     BadInput,
     brief,
     check_choice,
-    check_number,
     check_path,
-    composed,
     pick_device,
     seeded,
     stream_seed,
@@ -49,117 +45,21 @@ from .methods.deconvolutional import DFCNN
 from .methods.factorize import FactorizedNetwork, Form
 from .methods.registry import METHODS, Method
 from .methods.sharing import HPS, STL
+from .training.callbacks import Augment, FitSettings, ShowEpochs, StopEarly
 from .training.checkpoint import Checkpoint, checksum, load_tensors, save_tensors
 from .training.evaluation import HISTORY, wilson
 from .training.learner import Callback, TaskLearner, task_learner, train
 
 with warnings.catch_warnings():  # fastai 2.8 imports parts of torch that are about to go
     warnings.simplefilter("ignore")
-    from fastai.callback.core import CancelFitException
     from fastai.vision.augment import aug_transforms
-    from fastai.vision.core import TensorImage
-    from fastai.data.core import Pipeline
 
 _all_ = ["DFCNN", "HPS", "STL", "OwnTasks", "aug_transforms", "tasks_from_datasets", "tasks_from_folder"]
 
 # %% auto #0
-__all__ = ['MODEL', 'FORMAT', 'OURS', 'FitSettings', 'StopEarly', 'Augment', 'ShowEpochs', 'cnn_layers', 'like', 'OneTask',
-           'recorded', 'plain_network', 'Learned', 'find_method', 'check_prepared', 'ImageLearner', 'image_learner',
-           'check_folder', 'read_model', 'load_learner', 'compare', 'DFCNN', 'HPS', 'STL', 'OwnTasks', 'aug_transforms',
-           'tasks_from_datasets', 'tasks_from_folder']
-
-# %% ../nbs/50_vision.ipynb #6b4489c3
-@dataclass(frozen=True)
-class FitSettings:
-    "How each task is trained."
-
-    epochs: int = 40  # at most
-    patience: int = 6  # epochs without a smaller validation loss after which training stops; 0: all `epochs`
-    lr: float = 3e-4  # of RMSProp in a task's first epoch
-    decay: float = 1e-2  # of the learning rate, per epoch
-    batch_size: int = 10  # or all training images of a task that has fewer
-    seed: int = 0  # of initial values, batches and dropout
-
-    def __post_init__(self):
-        for name, low, high, whole in (("epochs", 1, 1_000_000, True), ("patience", 0, 1_000_000, True), ("batch_size", 1, 100_000, True), ("seed", 0, 2**63 - 1, True), ("lr", 1e-9, 10, False), ("decay", 0, 1e3, False)):
-            object.__setattr__(self, name, check_number(name, getattr(self, name), low, high, whole))
-
-# %% ../nbs/50_vision.ipynb #990a42e3
-class StopEarly(Callback):
-    "End with the weights of the epoch with the smallest validation loss, and stop when it has not fallen for a while."
-
-    order = 55  # after the scores, before the checkpoint
-
-    def __init__(self, patience: int):  # 0: never stop, but end with the best epoch's weights
-        self.patience, self.losses, self.best = patience, [], {}
-
-    def after_epoch(self):
-        scores = self.learn.evaluate.history
-        self.losses.append(float(scores[scores.split == "valid"].loss.iloc[-1]))
-        if self.losses[-1] <= min(self.losses):
-            self.best = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
-        since = len(self.losses) - 1 - self.losses.index(min(self.losses))
-        if self.patience and since >= self.patience:
-            raise CancelFitException()
-
-    def after_fit(self):
-        if self.best:
-            self.model.load_state_dict(self.best)
-
-    def state_dict(self) -> dict[str, torch.Tensor]:
-        return dict(losses=torch.tensor(self.losses, dtype=torch.float64), **{f"kept/{k}": v for k, v in self.best.items()})
-
-    def load_state_dict(self, state: dict[str, torch.Tensor]):
-        self.losses = state["losses"].tolist()
-        self.best = {k.removeprefix("kept/"): v for k, v in state.items() if k.startswith("kept/")}
-
-# %% ../nbs/50_vision.ipynb #7ee1a0da
-class Augment(Callback):
-    "fastai's batch transforms on the training images."
-
-    order = 5  # when a batch is complete
-
-    def __init__(self, tfms: Sequence[Callable], prepare: Preparation, seed: int = 0):
-        self.pipeline, self.seed = Pipeline(tfms, split_idx=0), seed
-        self.mean, self.std = prepare.mean_std()
-
-    def before_train(self):
-        self.before = random.getstate()  # fastai draws from torch, and from here
-        random.seed(stream_seed(self.seed, "augment", self.epoch))
-
-    def after_train(self):
-        random.setstate(self.before)
-
-    def before_batch(self):
-        if self.training:
-            x, *rest = self.xb
-            self.learn.xb = (self.changed(x), *rest)
-
-    def changed(self, x: torch.Tensor) -> torch.Tensor:  # both as the network sees images
-        "What becomes of some images."
-        mean, std = self.mean.to(x), self.std.to(x)
-        return (self.pipeline(TensorImage(x * std + mean)).as_subclass(torch.Tensor) - mean) / std
-
-
-class ShowEpochs(Callback):
-    "A bar over the epochs of a task."
-
-    order = 50  # after the scores, before early stopping
-
-    def __init__(self, task: str):
-        self.title = task
-
-    def before_fit(self):
-        self.bar = progress_bar(range(self.n_epoch))
-        self.bar.update(0)
-
-    def after_epoch(self):
-        scores = self.learn.evaluate.history
-        self.bar.comment = f"epochs of {self.title}: validation accuracy {scores[scores.split == 'valid'].accuracy.iloc[-1]:.1%}"
-        self.bar.update(self.epoch + 1)
-
-    def after_fit(self):
-        self.bar.update(self.bar.total)
+__all__ = ['MODEL', 'FORMAT', 'OURS', 'cnn_layers', 'like', 'OneTask', 'recorded', 'plain_network', 'Learned', 'find_method',
+           'check_prepared', 'ImageLearner', 'image_learner', 'check_folder', 'read_model', 'load_learner', 'compare',
+           'DFCNN', 'HPS', 'STL', 'OwnTasks', 'aug_transforms', 'tasks_from_datasets', 'tasks_from_folder']
 
 # %% ../nbs/50_vision.ipynb #095cbcc9
 def cnn_layers(
