@@ -58,8 +58,9 @@ _all_ = ["DFCNN", "HPS", "STL", "OwnTasks", "aug_transforms", "tasks_from_datase
 
 # %% auto #0
 __all__ = ['MODEL', 'FORMAT', 'OURS', 'cnn_layers', 'like', 'OneTask', 'recorded', 'plain_network', 'Learned', 'find_method',
-           'check_prepared', 'ImageLearner', 'image_learner', 'check_folder', 'read_model', 'load_learner', 'compare',
-           'DFCNN', 'HPS', 'STL', 'OwnTasks', 'aug_transforms', 'tasks_from_datasets', 'tasks_from_folder']
+           'check_prepared', 'ImageLearner', 'image_learner', 'check_folder', 'learned_in', 'read_model',
+           'load_learner', 'compare', 'DFCNN', 'HPS', 'STL', 'OwnTasks', 'aug_transforms', 'tasks_from_datasets',
+           'tasks_from_folder']
 
 # %% ../nbs/50_vision.ipynb #095cbcc9
 def cnn_layers(
@@ -476,6 +477,14 @@ def check_folder(folder: Path) -> None:
         raise BadInput(f"'{folder}' holds something that is no model. Choose an empty folder or a new one.")
 
 
+def learned_in(folder: Path) -> set[str]:
+    "Names of the tasks that the model in a folder has learned; none where there is no model, or one that is damaged."
+    try:
+        return {of["name"] for of in json.loads((folder / MODEL).read_text(encoding="utf-8"))["tasks"]}
+    except (OSError, ValueError, LookupError, TypeError):
+        return set()
+
+
 @patch
 def export(
     self: ImageLearner,
@@ -487,7 +496,7 @@ def export(
         raise BadInput("Nothing is learned yet: call `fit()` before `export`.")
     folder, n = check_path("folder", folder), len(self.learned)
     check_folder(folder)
-    if (folder / MODEL).exists() and (lost := {of["name"] for of in read_model(folder)["tasks"]} - {of.name for of in self.learned}):
+    if lost := learned_in(folder) - {of.name for of in self.learned}:
         raise BadInput(f"The model in '{folder}' has learned {', '.join(sorted(lost))}, which this one has not. Choose another folder, or go on with that model by `load_learner`.")
     tensors = {}
     for t, task in enumerate(self.tasks[:n]):
