@@ -466,7 +466,7 @@ def show_results(
     return _grid(self.prepare.pixels(self.tasks[t].test.x[order]), titles, ["black" if said[i] == y[i] else "firebrick" for i in order])
 
 # %% ../nbs/50_vision.ipynb #7e672570
-FORMAT = 1  # of the folder
+FORMAT = 2  # of the folder
 OURS = "network-", "images-", "history-", "training.safetensors", "training-previous.safetensors"  # how the names of a model's other files begin
 
 

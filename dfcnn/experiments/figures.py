@@ -420,7 +420,8 @@ def difference_figure(
     questions = list(dict.fromkeys(q for asked in found for q in asked))
     if not questions:
         return None
-    methods = [m for m in METHODS if any(m in of for asked in found for of in asked.values())]
+    shown = {m for asked in found for of in asked.values() for m in of}
+    methods = sorted(shown, key=lambda m: ([*METHODS, m].index(m), m))  # one that is not listed comes last
     fig, axs = plt.subplots(
         1, len(questions), sharey=True, squeeze=False, layout="constrained", figsize=(8, 1.3 + 0.15 * len(methods) * (1 + len(studies)))
     )
