@@ -16,7 +16,7 @@ from functools import cache
 from importlib.metadata import version
 from math import isclose
 from pathlib import Path
-from typing import Any
+from typing import Any, Sequence
 
 import pandas as pd
 import torch
@@ -33,13 +33,13 @@ from ..training.checkpoint import load_tensors
 from ..training.evaluation import HISTORY
 from ..training.learner import task_learner, train
 from .configuration import RunConfig
-from .metrics import summarize, summarize_together
+from .metrics import scored_every, summarize, summarize_together
 
 # %% auto #0
 __all__ = ['PROBED', 'PACKAGE', 'SAME', 'Record', 'write_history', 'read_history', 'history_checksum', 'summary_of',
-           'load_record', 'load_records', 'probe_tasks', 'in_float64', 'probe', 'git_revision', 'made_with',
-           'same_numbers', 'changes', 'folder_lock', 'set_aside', 'differences', 'read_config', 'reuse_or_set_aside',
-           'made_by', 'load_network']
+           'load_record', 'scored_rarely', 'scored_alike', 'load_records', 'probe_tasks', 'in_float64', 'probe',
+           'git_revision', 'made_with', 'same_numbers', 'changes', 'folder_lock', 'set_aside', 'differences',
+           'read_config', 'reuse_or_set_aside', 'made_by', 'load_network']
 
 # %% ../../nbs/32_records.ipynb #e6903182
 @dataclass(eq=False)
@@ -117,14 +117,44 @@ def load_record(
             " command that made it makes it anew."
         ) from e
 
+# %% ../../nbs/32_records.ipynb #b1a0c002
+def scored_rarely(
+    record: Record,  # complete, of tasks that came one by one
+    epochs: int,  # between two scores of the task in hand, a multiple of what they are
+) -> Record:
+    "The record that the same run would have left, had it been scored less often."
+    history = scored_every(record.history, epochs)
+    kept = {k: record.summary[k] for k in ("parameters", "pretraining_seconds") if k in record.summary}
+    config = replace(record.config, score_every=epochs)
+    return replace(record, config=config, history=history, summary={**kept, **summarize(history)})
+
+
+def scored_alike(
+    records: Sequence[Record],
+) -> list[Record]:  # in the same order; of a run that is there twice, once scored more often, only one
+    "Records of one folder that differ only in how often the task in hand was scored, as the rarest of them was."
+    same = lambda r: (r.folder.parent, replace(r.config, method="", trial=0, score_every=1), r.made_with["data"])
+    steps: dict[tuple, set[int]] = {}
+    for r in records:
+        steps.setdefault(same(r), set()).add(r.config.score_every)
+    found = {}
+    for r in records:
+        often = steps[same(r)]
+        if len(often) > 1 and all(max(often) % step == 0 for step in often):  # else there are epochs that only some have
+            r = scored_rarely(r, max(often))
+            found.setdefault((same(r), r.config), r)
+        else:
+            found[r.folder] = r
+    return list(found.values())
+
 
 def load_records(
     folder: str | Path,  # is searched with all folders in it
 ) -> list[Record]:
-    "All complete records below `folder`, methods in the order of `METHODS`."
+    "All complete records below `folder`, methods in the order of `METHODS`, those of one folder scored alike."
     done = [f.parent for f in sorted(Path(folder).rglob("summary.json"))]
     records = [load_record(f) for f in done if f.parent.name != "superseded"]
-    return sorted(records, key=lambda r: [*METHODS, r.config.method].index(r.config.method))
+    return sorted(scored_alike(records), key=lambda r: [*METHODS, r.config.method].index(r.config.method))
 
 # %% ../../nbs/32_records.ipynb #dd511e56
 PROBED = 8  # images of each set of a task
