@@ -224,12 +224,12 @@ class ImageLearner:
 def image_learner(
     tasks: OwnTasks,
     method: str | type[LifelongNetwork] = DFCNN,  # or its name, such as "STL-large"
-    epochs: int | None = None,  # per task, at most; here and in the four lines below None is the default of `FitSettings`
-    patience: int | None = None,
-    lr: float | None = None,
-    decay: float | None = None,
-    batch_size: int | None = None,
-    seed: int = 0,
+    epochs: int | None = None,  # per task, at most; None: 40
+    patience: int | None = None,  # epochs without a smaller validation loss, after which a task ends; None: 6; 0: never
+    lr: float | None = None,  # of a task's first epoch; None: 3e-4
+    decay: float | None = None,  # of it, per epoch; None: 0.01
+    batch_size: int | None = None,  # images; None: 10
+    seed: int = 0,  # of initial values, batches and dropout
     tfms: Sequence[Callable] = (),  # fastai's batch transforms, in training
     device: str = "auto",
     folder: str | Path | None = None,  # keep the model here while it learns, and go on from what is there

@@ -119,6 +119,8 @@ def photos_in(root: str | Path) -> list[Photo]:
     parts = [PARTS.get(simplify(f.name)) for f in folders]
     if "train" in parts and all(parts):
         raise BadInput(f"'{root}' holds {', '.join(f.name for f in folders)}, which are parts of one task. Move them into a folder with the task's name: '{root / '<task>' / folders[0].name}'. {EXPECTED}")
+    if len(folders) > 1 and all(listing(f)[1] for f in folders):
+        raise BadInput(f"The folders in '{root}' hold images themselves, as the classes of one task do: {', '.join(f.name for f in folders)}. Move them into a folder with the task's name: '{root / '<task>' / folders[0].name}'. {EXPECTED}")
     photos = [p for f in folders for p in photos_of_task(f)]
     check_size(f"Folder '{root}'", len(photos), 0)
     return photos

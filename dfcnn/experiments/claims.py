@@ -242,7 +242,7 @@ def transfer_claims() -> list[Claim]:
         ),
         Claim(
             "T2", "Sec. 4.3", "CIFAR-100", "Fig. 4a, 4b",
-            "Under HPS, DEN and ProgNN they do not.",
+            "Under HPS, DEN and ProgNN earlier tasks do not improve while the last three are learned.",
             (*[single(C, LATE_GAIN, m, below(NOTHING)) for m in ("HPS", "DEN", "ProgNN")],),
         ),
         Claim(

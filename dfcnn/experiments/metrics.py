@@ -44,8 +44,8 @@ def accuracy_at_best_valid(history: pd.DataFrame) -> pd.Series:  # indexed by ta
 
 # %% ../../nbs/30_metrics.ipynb #e089a569
 def accuracy_matrix(
-    history: pd.DataFrame,
-) -> pd.DataFrame:  # rows: after learning i; columns: task j; NaN above the diagonal
+    history: pd.DataFrame,  # a table of scores
+) -> pd.DataFrame:  # rows: after learning i; columns: task j; 0 to 1, NaN above the diagonal
     "Test accuracy of every learned task at the end of each task's training."
     test = history[history.split == "test"]
     ends = test[test.epoch == test.groupby("trained").epoch.transform("max")]
@@ -55,7 +55,7 @@ def accuracy_matrix(
 
 
 def forgetting_ratio(
-    history: pd.DataFrame,
+    history: pd.DataFrame,  # a table of scores
     of: str = "peak",  # "end": of the accuracy at the end of the task's own training
 ) -> pd.DataFrame:  # like `accuracy_matrix`
     "Catastrophic forgetting ratio (Sec. 4.2): accuracy after each later task, over the task's peak."
@@ -66,14 +66,13 @@ def forgetting_ratio(
 
 # %% ../../nbs/30_metrics.ipynb #eaa3f570
 def forgetting_curve(
-    history: pd.DataFrame,
+    history: pd.DataFrame,  # a table of scores
     of: str = "peak",  # or "end": see `forgetting_ratio`
 ) -> pd.Series:  # indexed by the number of tasks learned since
     "Mean forgetting ratio by the number of tasks that were learned after."
     ratio = forgetting_ratio(history, of).stack().dropna()
     since = ratio.index.get_level_values("trained") - ratio.index.get_level_values("evaluated")
     return ratio.groupby(since.rename("tasks learned since")).mean()
-
 
 # %% ../../nbs/30_metrics.ipynb #091706dc
 def backward_transfer(history: pd.DataFrame) -> float:  # in accuracy, -1 to 1; NaN with a single task
@@ -91,7 +90,7 @@ def level(history: pd.DataFrame) -> pd.Series:  # indexed by task, 0 to 1
 
 
 def convergence_epochs(
-    history: pd.DataFrame,
+    history: pd.DataFrame,  # a table of scores
     share: float = 0.98,  # of the reference
     of: str = "peak",  # or "level": the mean over the last tenth of the training
 ) -> pd.Series:  # indexed by task
@@ -100,7 +99,6 @@ def convergence_epochs(
     reference = {"peak": peak_accuracy, "level": level}[check_choice("reference", of, ["peak", "level"])](history)
     enough = own[own.accuracy >= share * reference.reindex(own.index) - 1e-6]  # a history has six digits
     return enough.groupby(level=0).task_epoch.min()
-
 
 # %% ../../nbs/30_metrics.ipynb #7224dbf9
 def convergence_step(

@@ -45,10 +45,10 @@ __all__ = ['Study', 'RunsFailed', 'split_names', 'pick_methods', 'base_config', 
 class Study:
     "Runs on the same images."
 
-    configs: list[RunConfig]
-    images: Images = field(repr=False)
-    output_dir: Path
-    engine: Engine
+    configs: list[RunConfig]  # one for each run
+    images: Images = field(repr=False)  # of the data set, or of all data sets of `configs`
+    output_dir: Path  # a folder of its own in here for each record
+    engine: Engine  # how the runs are carried out
     data_dir: str | None = None  # where workers find the images
     until: float | None = None  # `time.time()` of the moment at which runs stop, to go on another day; None: at their ends
 
@@ -298,11 +298,11 @@ def lay_out(
     config: RunConfig,  # what the runs have in common
     datasets: list[DataSet],  # of the same images
     folder: str,  # below `output_dir`
-    methods: str | list[str],
-    trials: int,
-    data_dir: str | None,
-    output_dir: str,
-    engine: Engine,
+    methods: str | list[str],  # keys of `METHODS`, or "all"
+    trials: int,  # the first so many
+    data_dir: str | None,  # the user's images; None: download, or drawn by the package
+    output_dir: str,  # records go to <output_dir>/<folder>
+    engine: Engine,  # how the runs are carried out
 ) -> Study:
     "A grid of runs: data sets x methods x trials, everything checked and the images loaded."
     dataset = datasets[0]
@@ -366,8 +366,8 @@ def lifelong_study(
     methods: str | list[str] = "STL HPS DF-CNN",  # keys of `registry.METHODS`, or "all"
     epochs: int | None = None,  # per task; None: so many that a laptop finishes, far fewer than the paper's
     tasks: int | None = None,  # None: all ten; of the stand-in six where `epochs` is None, too
-    trials: int = 1,
-    seed: int = 0,
+    trials: int = 1,  # each with its own order of tasks, splits, initial values and batches
+    seed: int = 0,  # of all trials: the same seed gives the same numbers
     data_dir: str | None = None,  # the user's images; None: download, or drawn by the package
     output_dir: str = "reports/lifelong",  # records go to <output_dir>/<dataset>
     score_every: int | None = None,  # epochs between two scores of the task in hand; None: 200 times per task at most
@@ -406,8 +406,8 @@ def multitask_study(
     fractions: str | list[str] = "50%",  # of the data, keys of `COUNTS[dataset][distribution]`, or "all"
     methods: str | list[str] = "STL HPS DF-CNN",  # keys of `registry.METHODS`, or "all"
     epochs: int | None = None,  # of all tasks together; None: so many that a laptop finishes
-    trials: int = 1,
-    seed: int = 0,
+    trials: int = 1,  # each with its own order of tasks, splits, initial values and batches
+    seed: int = 0,  # of all trials: the same seed gives the same numbers
     data_dir: str | None = None,  # the user's images; None: download, or what comes with scikit-learn
     output_dir: str = "reports/mtl",  # records go to <output_dir>/<dataset>-<distribution>
     eval_every: int = 10,  # epochs between two scores of all tasks

@@ -42,7 +42,7 @@ def conv_block(
     b: torch.Tensor,  # (c_out,)
     pool: int,  # 0 for none
     lateral: torch.Tensor | None = None,  # added before the ReLU, like the convolution's result
-) -> torch.Tensor:
+) -> torch.Tensor:  # (n, c_out, height / pool, width / pool), rounded up
     "Convolution with `SAME` padding, ReLU, max-pooling."
     x = F.conv2d(x, W, b, padding=W.shape[-1] // 2)
     x = x if lateral is None else x + lateral

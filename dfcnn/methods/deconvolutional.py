@@ -76,9 +76,9 @@ class DFCNN(LifelongNetwork):
 
     def __init__(
         self,
-        arch: Architecture,
-        seed: int = 0,
-        length: int = 10,
+        arch: Architecture,  # of every task's CNN
+        seed: int = 0,  # of the initial values
+        length: int = 10,  # tasks that will come
         sizes: Sizes | None = None,  # None: those of `SIZES`, by the architecture's name
     ):
         super().__init__(arch, seed, length)

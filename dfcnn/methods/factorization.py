@@ -110,7 +110,14 @@ class TwoStage(nn.Module):
 class Direct(nn.Module):
     "DF-CNN.direct: the deconvolution alone makes the filters (App. A, a)."
 
-    def __init__(self, kb: tuple[int, int], c: None, cin: int, cout: int, generator: torch.Generator):
+    def __init__(
+        self,
+        kb: tuple[int, int],  # (ĥ, ĉ) of the knowledge base
+        c: None,  # there are no channels between stages
+        cin: int,  # input channels of the convolution
+        cout: int,  # output channels of the convolution
+        generator: torch.Generator,
+    ):
         super().__init__()
         self.cin, self.cout = cin, cout
         self.V = glorot((kb[1], cin * cout, 3, 3), (3, 3, cin * cout, kb[1]), generator)
@@ -129,7 +136,14 @@ class Direct(nn.Module):
 class TwoContractions(nn.Module):
     "DF-CNN.tc2: deconvolution, then one contraction for the input and one for the output channels (App. A, b)."
 
-    def __init__(self, kb: tuple[int, int, int], c: int, cin: int, cout: int, generator: torch.Generator):
+    def __init__(
+        self,
+        kb: tuple[int, int, int],  # (ĥ, d, ĉ) of the knowledge base: d slices, each deconvolved alike
+        c: int,  # channels between the stages
+        cin: int,  # input channels of the convolution
+        cout: int,  # output channels of the convolution
+        generator: torch.Generator,
+    ):
         super().__init__()
         _, d, channels = kb  # (ĥ, d, ĉ)
         self.V = glorot((channels, c, 3, 3), (3, 3, c, channels), generator)

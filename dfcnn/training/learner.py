@@ -170,15 +170,15 @@ def paper_settings(
 
 
 def task_learner(
-    network: LifelongNetwork,
-    tasks: Sequence[Task],
+    network: LifelongNetwork,  # is trained in place, and moved to the device
+    tasks: Sequence[Task],  # by their numbers in the schedule
     schedule: Sequence[int],  # task of each epoch
     lr: float,  # of the first epoch
     decay: float,  # of the learning rate, per epoch
-    batch_size: int,
+    batch_size: int,  # images
     eval_every: int | None = 1,  # epochs between two scores of earlier tasks; None: nothing is scored
     seed: int = 0,  # of batches and dropout
-    device: torch.device | str = "cpu",
+    device: torch.device | str = "cpu",  # all images are moved there
     cbs: Sequence[Callback] = (),  # more callbacks
     together: bool = False,  # are all tasks there from the start?
     score_every: int = 1,  # epochs between two scores of the task in hand, where tasks come one by one
@@ -215,11 +215,13 @@ def lifelong_learner(
     network: LifelongNetwork,
     tasks: Sequence[Task],  # in the order in which they are learned
     epochs: int,  # per task
-    *args,
-    **kwargs,  # of `task_learner`, after the schedule
+    lr: float,  # RMSProp's learning rate in the first epoch
+    decay: float,  # of the learning rate, per epoch
+    batch_size: int,  # images
+    **kwargs,  # of `task_learner`
 ) -> TaskLearner:
     "A fastai Learner that learns `tasks` one after the other, each for `epochs` epochs."
-    return task_learner(network, tasks, lifelong_schedule(len(tasks), epochs), *args, **kwargs)
+    return task_learner(network, tasks, lifelong_schedule(len(tasks), epochs), lr=lr, decay=decay, batch_size=batch_size, **kwargs)
 
 
 def train(learn: TaskLearner) -> pd.DataFrame:  # the history
