@@ -22,7 +22,7 @@ import torch
 
 # %% auto #0
 __all__ = ['LARGEST', 'BadInput', 'brief', 'composed', 'simplify', 'check_choice', 'check_number', 'check_path', 'stream_seed',
-           'stream', 'seeded', 'pick_device', 'keep_memory', 'writing', 'write_text', 'cache_dir']
+           'stream', 'seeded', 'pick_device', 'precision', 'keep_memory', 'writing', 'write_text', 'cache_dir']
 
 # %% ../nbs/00_core.ipynb #08872d6c
 class BadInput(ValueError):
@@ -141,6 +141,17 @@ def pick_device(
     if name.startswith("cuda"):  # of this process, from here on
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
     return torch.device(name)
+
+# %% ../nbs/00_core.ipynb #b1b0c002
+@contextmanager
+def precision(dtype: torch.dtype):
+    "Let torch make its tensors in this type, unless it is told otherwise."
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 # %% ../nbs/00_core.ipynb #d62e6e02
 @cache

@@ -5,11 +5,10 @@
 # %% ../nbs/60_testing.ipynb #2ffe04c5
 from __future__ import annotations
 
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from string import ascii_lowercase
-from typing import Callable, Iterator, Sequence
+from typing import Callable, Sequence
 
 import numpy as np
 import pandas as pd
@@ -27,13 +26,13 @@ from .methods.progressive import ProgNN
 from .methods.sharing import HPS, STL
 from .training.evaluation import HISTORY
 from .training.learner import TaskLearner, lifelong_learner
-from .experiments.configuration import TRAINING, RunConfig
+from .experiments.configuration import TRAINING, published
 from .experiments.figures import method_of
 from .experiments.records import Record
 
 # %% auto #0
 __all__ = ['TOY', 'TOY_SIZES', 'TOY_NETWORKS', 'noise_tasks', 'bright_tasks', 'few_images', 'Undropped', 'plain_cnn',
-           'ShortcutCNN', 'toy_learner', 'precision', 'made_up', 'flat', 'trials_of', 'as_printed']
+           'ShortcutCNN', 'toy_learner', 'made_up', 'flat', 'trials_of', 'as_printed']
 
 # %% ../nbs/60_testing.ipynb #77b20381
 TOY = Architecture(
@@ -147,17 +146,6 @@ def toy_learner(
     hyper = dict(epochs=3, lr=1e-3, decay=1e-2, batch_size=5, seed=trial) | other
     return lifelong_learner(network, tasks, **hyper, cbs=list(cbs))
 
-# %% ../nbs/60_testing.ipynb #58367991
-@contextmanager
-def precision(dtype: torch.dtype) -> Iterator[None]:
-    "What torch makes in this block is of this type."
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
-
 # %% ../nbs/60_testing.ipynb #520ae753
 def made_up(
     method: str,
@@ -181,12 +169,10 @@ def made_up(
             rows.append((start + e, e, i, i, "train", 1.0, 0.0, took))
         rows += [(start + epochs, epochs, i, j, "test", scores[j] / 100, 1.0, 0.1) for j in range(i)]
     history = pd.DataFrame(rows, columns=list(HISTORY)).astype(HISTORY)
-    paper = TRAINING[DATASETS[dataset].architecture]
-    config = dict(batch_size=paper.batch_size, lr=paper.lr, decay=paper.decay, eval_every=10)
-    config = RunConfig(dataset, method, epochs, len(R), trial=trial, **{**config, **other})
+    often = dict(score_every=1, eval_every=10, schedule="lifelong")
+    config = published(dataset, method, epochs=epochs, tasks=len(R), trial=trial, **often | other)
     made = dict(data="made up", device="cpu", host="here", threads=1, tasks=names)
-    return Record(Path("made-up") / dataset / config.name, config, made, history, {})
-
+    return Record(Path("made-up") / dataset / config.name, config, made, history, None)
 
 # %% ../nbs/60_testing.ipynb #05dce0d1
 def flat(

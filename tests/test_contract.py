@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dfcnn.core import BadInput
+from dfcnn.core import BadInput, precision
 from dfcnn.data.tasks import Task
 from dfcnn.methods.architectures import architecture_called
 from dfcnn.methods.expandable import DEN, Growth
@@ -169,9 +169,8 @@ def test_training_by_the_epoch_is_training_by_the_batch(method):
 @pytest.fixture
 def double_precision():
     "Two ways of computing the same thing agree tightly here; single precision depends on the processor."
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
+    with precision(torch.float64):
+        yield
 
 
 def test_stacked_trials_get_the_numbers_that_they_get_alone(method, double_precision):

@@ -7,10 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from dfcnn.core import pick_device
+from dfcnn.core import pick_device, precision
 from dfcnn.data.tasks import Split, Task
 from dfcnn.methods.registry import build_network
-from dfcnn.testing import precision
 from dfcnn.training.learner import Callback, lifelong_learner, task_learner, train
 from dfcnn.training.stacking import FastEpochs, StackedTrainer, train_together
 from dfcnn.experiments.studies import lifelong_study

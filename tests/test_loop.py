@@ -10,18 +10,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dfcnn.core import BadInput
+from dfcnn.core import BadInput, precision
 from dfcnn.data.tasks import Task
 from dfcnn.methods.base import Dropout
 from dfcnn.methods.deconvolutional import DFCNN
 from dfcnn.methods.expandable import GrowthStages
 from dfcnn.methods.progressive import ProgNN
 from dfcnn.methods.sharing import HPS
-from dfcnn.testing import TOY, TOY_SIZES, noise_tasks, precision
+from dfcnn.testing import TOY, TOY_SIZES, noise_tasks
 from dfcnn.training.checkpoint import Checkpoint
 from dfcnn.training.learner import Callback, TaskLearner, lifelong_learner, train
 from dfcnn.training.optimizer import RMSProp, sum_cross_entropy
-from dfcnn.training.stacking import FastEpochs, StackedTrainer, by_batch, say_once, train_together
+from dfcnn.training.stacking import StackedTrainer, by_batch, say_once, train_together
 from fastai.callback.core import (
     CancelBatchException,
     CancelEpochException,

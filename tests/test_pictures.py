@@ -17,7 +17,7 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "docs"))
 import pictures
-from pictures import ALT, alike, draw, is_picture, updated
+from pictures import ALT, alike, is_picture, updated
 
 NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
 LIBRARY = [n for n in NOTEBOOKS if n.stem[0].isdigit()]

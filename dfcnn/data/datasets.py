@@ -46,6 +46,7 @@ LIFELONG = (
         stand_in=DRAWN,
         quick_score_every=5,
         quick_tasks=6,
+        test_images=30,
     ),
     DataSet(
         "shapes-home",

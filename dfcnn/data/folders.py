@@ -32,9 +32,9 @@ from .tasks import DataSet, Split, Task, show_tasks
 __all__ = ['PHOTO_SUFFIXES', 'PARTS', 'NOT_MEANT', 'WHOLE', 'EXPECTED', 'FITS', 'SHARES', 'OWN', 'FEW', 'UNEVEN', 'Photo',
            'listing', 'photos_of_class', 'photos_of_task', 'photos_in', 'eight_bits', 'to_square', 'read_photo',
            'as_images', 'read_all', 'left_out', 'read_photos', 'read_folder', 'check_shares', 'divide', 'Preparation',
-           'as_pixels', 'check_file_exists', 'groups_of', 'OwnData', 'own_data', 'seen_in_training', 'find_name',
-           'OwnTasks', 'tasks_from_images', 'tasks_from_folder', 'task_from_folder', 'items_of', 'is_pair',
-           'image_and_label', 'as_label', 'parts_of', 'class_names', 'tasks_from_datasets']
+           'as_pixels', 'groups_of', 'OwnData', 'own_data', 'seen_in_training', 'find_name', 'OwnTasks',
+           'tasks_from_images', 'tasks_from_folder', 'task_from_folder', 'items_of', 'is_pair', 'image_and_label',
+           'as_label', 'parts_of', 'class_names', 'tasks_from_datasets']
 
 # %% ../../nbs/06_folders.ipynb #0b69d2e9
 PHOTO_SUFFIXES = IMAGE_SUFFIXES | {".gif", ".tif", ".tiff"}
@@ -342,7 +342,9 @@ def as_pixels(
 ) -> np.ndarray:  # uint8 (3, size, size)
     "The pixels of an image that is a path, a PIL image, an array or a tensor, whose values are 0 to 255, or 0 to 1."
     if isinstance(image, (str, os.PathLike)):
-        return read_photo(check_file_exists(image), size, fit)
+        if not os.path.exists(found := check_path("image", image)):
+            raise BadInput(f"There is no image '{image}' (looked in '{found.parent}').")
+        return read_photo(found, size, fit)
     if isinstance(image, Image.Image):
         return np.asarray(to_square(eight_bits(ImageOps.exif_transpose(image), "in memory"), size, fit)).transpose(2, 0, 1).copy()
     if isinstance(image, (bytes, bytearray)) or hasattr(image, "read"):  # as it comes from the web
@@ -369,13 +371,6 @@ def as_pixels(
         x = (x.clip(0, 1) * 255).round().astype("uint8") if x.dtype.kind == "f" else x.astype("uint8")
     x = x if x.shape[2] == 4 else np.broadcast_to(x, (*x.shape[:2], 3))
     return as_pixels(Image.fromarray(x.copy()), size, fit)
-
-
-def check_file_exists(path: str | os.PathLike) -> Path:
-    "`path`, if it names something."
-    if not os.path.exists(found := check_path("image", path)):
-        raise BadInput(f"There is no image '{path}' (looked in '{found.parent}').")
-    return found
 
 # %% ../../nbs/06_folders.ipynb #20c43401
 def groups_of(classes: Iterable[str]) -> list[tuple[str, list[str]]]:

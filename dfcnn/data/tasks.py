@@ -14,7 +14,7 @@ import torch
 
 from ..core import BadInput, stream
 from .images import Images
-from .sources import CIFAR100_CLASSES, CIFAR100_SUPERCLASSES, OFFICEHOME_CLASSES
+from .sources import CIFAR100_SUPERCLASSES, OFFICEHOME_CLASSES
 from .shapes import OUTLINES, TEXTURES
 
 # %% auto #0
@@ -147,6 +147,7 @@ class DataSet:
     stand_in: str = ""  # what the images are, where they are not the paper's
     quick_score_every: int = 1  # epochs between two scores of the task in hand, in such a run
     quick_tasks: int | None = None  # and its number of tasks; None: all
+    test_images: int = 100  # of each class, where a task is tested on the images that are there for it
 
     def pick(
         self,

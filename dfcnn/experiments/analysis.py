@@ -25,12 +25,12 @@ from ..methods.deconvolutional import DFCNN, SIZES, Sizes
 from ..methods.registry import METHODS, build_network, build_shapes, register, title_of
 from ..training.checkpoint import load_tensors, save_tensors
 from ..training.schedule import FitCallback
-from .configuration import RunConfig
+from .configuration import RunConfig, scoring_interval
 from .figures import by_method, finish, panels, titled
 from .metrics import accuracy_matrix, mean_ci
 from .records import Record, load_records
 from .runs import run
-from .studies import Study, lifelong_study, scoring_interval, split_names
+from .studies import Study, lifelong_study, split_names
 
 # %% auto #0
 __all__ = ['SUPERCLASS', 'KEPT', 'EPOCHS', 'TASKS', 'SCORES', 'transfer_matrix', 'gains_and_losses', 'transfer_figure',

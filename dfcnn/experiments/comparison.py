@@ -31,10 +31,9 @@ from dfcnn.experiments.figures import (
     progress_figure,
     targets,
 )
-from .metrics import mean_ci, seconds, summarize
+from .metrics import mean_ci, seconds
 from .records import Record, load_records
 from .verdicts import WIDE, Counted, Metric, doubts, schedule_of, single, studies, variant, within
-
 
 # %% auto #0
 __all__ = ['TIME', 'PRINTED', 'WORDS', 'ON_CIFAR100', 'ON_HOME', 'OF_TASKS_TOGETHER', 'SHOWN', 'COMPARED', 'target_table',
@@ -275,7 +274,7 @@ def on_tasks(
             continue
         kept = [i for i, name in enumerate(order) if name in wanted]
         history = r.history[r.history.trained.isin(kept) & r.history.evaluated.isin(kept)]
-        found.append(replace(r, history=history, config=replace(r.config, tasks=len(kept)), summary={}))
+        found.append(replace(r, history=history, config=replace(r.config, tasks=len(kept))))
     return found
 
 
@@ -305,9 +304,8 @@ def by_settings(
         tables[name] = pd.DataFrame(columns)
     return tables
 
-
 # %% ../../nbs/40_comparison.ipynb #fd6b4446
-COMPARED = {  # figures of `summarize` -> title, scale, form
+COMPARED = {  # figures of a summary -> title, scale, form
     "peak_accuracy": ("peak accuracy (%)", 100, "{:.1f}"),
     "end_of_task_accuracy": ("end of its task (%)", 100, "{:.1f}"),
     "training_accuracy": ("training images at the end of its task (%)", 100, "{:.1f}"),
@@ -322,11 +320,10 @@ def methods_by_settings(
 ) -> pd.DataFrame:  # a row for each method, "published → other" as text; means over trials
     "What other settings do to each method, on the same tasks: the longest published study beside another."
     same = next(iter(studies(on_tasks(published, tasks_of(other)))), [])
-    means = lambda records, m: pd.DataFrame([summarize(r.history) for r in records if r.config.method == m]).mean()
+    means = lambda records, m: pd.DataFrame([r.summary for r in records if r.config.method == m]).mean()
     rows = {}
     for m in dict.fromkeys(r.config.method for r in other):
         if any(r.config.method == m for r in same):
             a, b = means(same, m), means(other, m)
             rows[title_of(m)] = {title: f"{form} → {form}".format(scale * a[k], scale * b[k]) for k, (title, scale, form) in COMPARED.items()}
     return pd.DataFrame(rows).T.rename_axis("model")
-

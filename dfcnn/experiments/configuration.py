@@ -13,13 +13,14 @@ from typing import Any
 from fastcore.basics import patch
 
 from ..core import BadInput, brief, stream_seed
+from ..data.binary import MultiTask
 from ..data.datasets import DATASETS
 from ..data.tasks import DataSet
 from ..methods.registry import METHODS
 from ..training.schedule import lifelong_schedule, multitask_schedule
 
 # %% auto #0
-__all__ = ['TRAINING', 'OWN_TRAINING', 'LATER', 'Training', 'training_of', 'RunConfig']
+__all__ = ['TRAINING', 'OWN_TRAINING', 'LATER', 'Training', 'training_of', 'RunConfig', 'scoring_interval', 'published']
 
 # %% ../../nbs/31_configuration.ipynb #4179c9f7
 @dataclass(frozen=True)
@@ -161,3 +162,28 @@ def short(self: RunConfig) -> str:
     per = "in all" if self.together else "per task"
     cut = [f"{self.epochs} of {paper.epochs} epochs {per}"] if self.epochs < paper.epochs else []
     return " and ".join(cut + ([f"{self.tasks} of {full} tasks"] if self.tasks < full else []))
+
+# %% ../../nbs/31_configuration.ipynb #b1c0c002
+def scoring_interval(
+    epochs: int,  # of a task
+    times: int,  # at most so many scores of a task
+    at_least: int = 1,  # epochs between two scores, however many `times`
+) -> int:  # epochs between two scores
+    "Epochs between two scores, so that there are at most so many `times` per task, and `at_least` so many epochs between two."
+    return max(at_least, -(-epochs // times))
+
+
+def published(
+    dataset: str,  # a key of `DATASETS`
+    method: str,  # a key of `METHODS`
+    **changed: Any,  # fields of `RunConfig` that are otherwise; None: as published
+) -> RunConfig:
+    "A run with the published settings, apart from those that are given."
+    data = DATASETS[dataset]
+    t, together = training_of(data), isinstance(data, MultiTask)
+    epochs = changed.get("epochs") or t.epochs
+    usual = dict(epochs=epochs, tasks=len(data.groups()), batch_size=t.batch_size, lr=t.lr, decay=t.decay)
+    usual |= dict(schedule="uniform" if together else "lifelong")
+    usual |= dict(score_every=1 if together else scoring_interval(epochs, 200))
+    usual |= dict(eval_every=10 if together else scoring_interval(epochs, 20, 10))
+    return RunConfig(dataset, method, **usual | {k: v for k, v in changed.items() if v is not None})

@@ -63,6 +63,7 @@ def method_of(
     return next(m.name for m in METHODS.values() if m.title == title)
 
 
+@cache
 def target(
     dataset: str,  # its name in `targets.csv`
     model: str,  # title of the method

@@ -110,13 +110,13 @@ def convergence_step(
 # %% ../../nbs/30_metrics.ipynb #02375c23
 def scored_every(
     history: pd.DataFrame,  # a table of scores
-    epochs: int,
+    epochs: int,  # between two scores of the task in hand
+    eval_every: int,  # between two of all tasks
 ) -> pd.DataFrame:
-    "The same, had each task been scored only after every so many epochs of its own training, and at its end."
-    end = history.groupby("trained").task_epoch.transform("max")
-    due = (history.task_epoch % epochs == 0) | (history.task_epoch == end)
+    "The same, had tasks been scored only after every so many epochs, and at the end of a task's training."
+    done, end = history.task_epoch, history.groupby("trained").task_epoch.transform("max")
+    due = (done % epochs == 0) | (done % eval_every == 0) | (done == end)
     return history[due | (history.split == "train")]
-
 
 # %% ../../nbs/30_metrics.ipynb #eba215e8
 def accuracy_by_epoch(history: pd.DataFrame) -> pd.Series:  # indexed by the epochs that a task has had, 0 to 1

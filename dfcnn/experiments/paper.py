@@ -7,28 +7,27 @@ from __future__ import annotations
 
 import time
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Sequence
 
-import joblib
 import numpy as np
 import pandas as pd
 import torch
 from fastcore.basics import patch
 
-from ..core import BadInput, check_number, check_path, pick_device
+from ..core import BadInput, check_number, check_path
 from ..data.binary import COUNTS, MultiTask
 from ..data.datasets import DATASETS
 from ..methods.registry import METHODS, build_network, build_shapes, title_of
 from ..training.optimizer import RMSProp, sum_cross_entropy
-from .configuration import TRAINING, RunConfig
-from .engine import step_flops
+from .configuration import TRAINING, RunConfig, published
+from .engine import Engine, step_flops
 from .figures import method_of
 from .records import Record, load_records
 from .runs import using_threads
-from .studies import RunsFailed, Study, lifelong_study, multitask_study, scoring_interval
+from .studies import RunsFailed, Study, lifelong_study, multitask_study
 from .comparison import SideBySide, side_by_side
 
 # %% auto #0
@@ -69,12 +68,7 @@ def configs(self: Stage) -> list[RunConfig]:
     found = []
     for trial in range(self.trials):
         for name in self.datasets:
-            data, together = DATASETS[name], bool(self.fractions)
-            t = TRAINING[data.architecture]
-            every = (1, 10) if together else (scoring_interval(self.length, 200), scoring_interval(self.length, 20, 10))
-            form = dict(batch_size=t.batch_size, lr=t.lr, decay=t.decay, score_every=every[0], eval_every=every[1])
-            form |= dict(schedule="uniform" if together else "lifelong", tasks=len(data.groups()), trial=trial)
-            found += [RunConfig(name, m, self.length, **form) for m in self.methods.split()]
+            found += [published(name, m, epochs=self.length, trial=trial) for m in self.methods.split()]
     return found
 
 # %% ../../nbs/41_paper.ipynb #e9449850
@@ -148,7 +142,7 @@ def images_of_task(dataset: str) -> tuple[int, int, int]:
     if "test" in data.split:
         return HOME_IMAGES
     classes = len(data.groups()[0][1])
-    return data.split["train"] * classes, data.split["valid"] * classes, 100 * classes
+    return data.split["train"] * classes, data.split["valid"] * classes, data.test_images * classes
 
 # %% ../../nbs/41_paper.ipynb #b096caaf
 SCORED = 0.3  # of the time of an image in training
@@ -227,14 +221,13 @@ class Paper:
     hours: float
     records: Path
     output_dir: Path
-    device: torch.device
-    engine: dict = field(repr=False)  # data_dir, device, workers, scheduler of the studies
-    workers: int
+    engine: Engine  # how they are carried out
+    data_dir: str | None = None  # folder with the user's images of all data sets; None: download
     stages: Sequence[Stage] = PLAN
 
     def __post_init__(self):
         found = load_records(self.records) if self.records.is_dir() else []
-        self.shelf = Shelf(found, self.engine["data_dir"])
+        self.shelf = Shelf(found, self.data_dir)
         self.rows, begun, spent = [], set(), 0.0
         for stage in self.stages:
             left = self.hours - spent
@@ -242,7 +235,7 @@ class Paper:
             runs = [c for c in stage.configs() if c not in begun]
             missing = [c for c in runs if not self.shelf.has(c)]
             begun |= set(missing)
-            hours = sum(hours_of(c, self.device) for c in missing) / self.workers
+            hours = sum(hours_of(c, self.engine.device) for c in missing) / self.engine.workers
             when = turn(hours, left) if missing and self.hours else ""
             when = when if at_hand else "left out: no images"
             self.rows.append((stage, missing, hours, when, len(runs)))
@@ -276,7 +269,8 @@ def plan(self: Paper) -> pd.DataFrame:  # a row for each stage
 def describe(self: Paper) -> str:  # Markdown
     "What this machine can do in the time, in words."
     left = sum(hours for _, _, hours, _, _ in self.rows)
-    where = f"on {self.device}, {self.workers} run{'s' * (self.workers > 1)} at a time"
+    device, workers = self.engine.device, self.engine.workers
+    where = f"on {device}, {workers} run{'s' * (workers > 1)} at a time"
     lines = [f"All that is missing takes about **{float(f'{left:.1g}'):,g} hours** {where}."]
     if self.hours:
         whole = [s.what for s, missing, _, when, _ in self.rows if when == "in the time" and missing]
@@ -292,13 +286,14 @@ def describe(self: Paper) -> str:  # Markdown
 def train(self: Paper) -> None:
     "Train what is missing, stage by stage, until it is done or the time is up."
     until = time.time() + 3600 * self.hours
+    engine = {k: getattr(self.engine, k) for k in ("device", "workers", "scheduler")}
     for stage, missing, _, when, _ in self.rows:
         if not self.hours or time.time() >= until:
             break
         if not missing or not self.shelf.fetch(stage.datasets[0]):
             continue
         print(f"{stage.what}: {len(missing)} runs", flush=True)
-        study = stage.study(**self.engine, output_dir=str(self.records / "runs"))
+        study = stage.study(data_dir=self.data_dir, **engine, output_dir=str(self.records / "runs"))
         study.configs = [c for c in study.configs if not self.shelf.has(c)]
         study.until = until
         try:
@@ -330,7 +325,7 @@ def hours_to(self: Paper, targets: pd.DataFrame) -> pd.Series:  # a row for each
         method = method_of(row.model)
         stage = Stage("", "", name, method, 1, "" if kind == "lifelong" else row.train_fraction)
         trials = TRAINING[DATASETS[stage.datasets[0]].architecture].trials
-        return trials * hours_of(stage.configs()[0], self.device) / min(self.workers, trials)
+        return trials * hours_of(stage.configs()[0], self.engine.device) / min(self.engine.workers, trials)
 
     return targets.apply(hours, axis=1)
 
@@ -346,15 +341,9 @@ def whole_paper(
 ) -> Paper:
     "Check everything, and list what there is and what is missing."
     hours = check_number("hours", hours, 0, whole=False)
-    chosen = pick_device(device)
+    engine = Engine(device=device, workers=workers, scheduler=scheduler if hours else None)
     if not hours and not check_path("records", records).is_dir():
         raise BadInput(f"There is no folder '{records}'. Parameter 'records' names one with run records below it.")
-    with_engine = dict(device=device, workers=workers, scheduler=scheduler)
-    if hours:  # bad input ends here, before images are loaded
-        study = lifelong_study(methods="STL", tasks=1, epochs=1, output_dir=str(check_path("records", records) / "runs"), **with_engine)
-        workers = study.engine.workers
-    else:
-        workers = check_number("workers", workers or (joblib.cpu_count() if chosen.type == "cpu" else 1), 1, 1_000)
     if data_dir is not None and hours and not check_path("data_dir", data_dir).exists():
         raise BadInput(f"Data folder '{data_dir}' does not exist. Parameter 'data_dir' names one with your images.")
-    return Paper(hours, Path(records), Path(output_dir), chosen, dict(data_dir=data_dir, **with_engine), workers)
+    return Paper(hours, Path(records), Path(output_dir), engine, data_dir)

@@ -12,7 +12,7 @@ import subprocess
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
-from functools import cache
+from functools import cache, cached_property
 from importlib.metadata import version
 from math import isclose
 from pathlib import Path
@@ -23,7 +23,7 @@ import torch
 from filelock import FileLock, Timeout
 
 import dfcnn
-from ..core import BadInput, writing
+from ..core import BadInput, precision, writing
 from ..data.datasets import DATASETS, task_sequence
 from ..data.images import Images
 from ..data.tasks import Split, Task
@@ -36,10 +36,10 @@ from .configuration import RunConfig
 from .metrics import scored_every, summarize, summarize_together
 
 # %% auto #0
-__all__ = ['PROBED', 'PACKAGE', 'SAME', 'Record', 'write_history', 'read_history', 'history_checksum', 'summary_of',
-           'load_record', 'scored_rarely', 'scored_alike', 'load_records', 'probe_tasks', 'in_float64', 'probe',
-           'git_revision', 'made_with', 'same_numbers', 'changes', 'folder_lock', 'set_aside', 'differences',
-           'read_config', 'reuse_or_set_aside', 'made_by', 'load_network']
+__all__ = ['PROBED', 'PACKAGE', 'SAME', 'Record', 'write_history', 'read_history', 'history_checksum', 'kept_of', 'load_record',
+           'scored_rarely', 'scored_alike', 'load_records', 'probe_tasks', 'probe', 'git_revision', 'made_with',
+           'same_numbers', 'changes', 'folder_lock', 'set_aside', 'differences', 'read_config', 'reuse_or_set_aside',
+           'made_by', 'load_network']
 
 # %% ../../nbs/32_records.ipynb #e6903182
 @dataclass(eq=False)
@@ -50,7 +50,14 @@ class Record:
     config: RunConfig
     made_with: dict[str, Any] = field(repr=False)  # data, code, versions, device
     history: pd.DataFrame = field(repr=False)
-    summary: dict[str, float]  # computed from the history; empty while the run is not complete
+    kept: dict[str, float] | None = field(repr=False)  # what no history tells: parameters, seconds of pretraining; None while the run is not complete
+
+    @cached_property
+    def summary(self) -> dict[str, float]:
+        "Its figures; empty while the run is not complete."
+        if self.kept is None:
+            return {}
+        return {**self.kept, **(summarize_together if self.config.together else summarize)(self.history)}
 
 # %% ../../nbs/32_records.ipynb #4a3fcc95
 def write_history(
@@ -79,27 +86,17 @@ def history_checksum(
     return hashlib.sha256(path.read_bytes().replace(b"\r\n", b"\n")).hexdigest()
 
 # %% ../../nbs/32_records.ipynb #967592e6
-_SUMMARIZED: dict[tuple[str, bool], dict[str, float]] = {}  # by a table's checksum, and whether tasks were learned together
-
-
-def summary_of(
-    folder: Path,  # of the record
-    config: RunConfig,  # that it holds
-    history: pd.DataFrame,  # that it holds
-) -> dict[str, float]:
-    "The figures of a complete run; nothing where it is not complete."
+def kept_of(
+    folder: Path,  # of a record
+) -> dict[str, float] | None:  # parameters, seconds of pretraining; None where the run is not complete
+    "What a summary alone tells, if it is the summary of the history beside it."
     done = folder / "summary.json"
     if not done.exists():
-        return {}
+        return None
     stored = json.loads(done.read_text(encoding="utf-8"))
-    checksum = history_checksum(folder / "history.csv")
-    if stored.get("history", True) not in (True, checksum):
+    if stored.get("history", True) not in (True, history_checksum(folder / "history.csv")):
         raise ValueError("history.csv is not what it was when the run was complete")
-    known = checksum, config.together
-    if known not in _SUMMARIZED:
-        _SUMMARIZED[known] = (summarize_together if config.together else summarize)(history)
-    kept = {k: stored[k] for k in ("parameters", "pretraining_seconds") if k in stored}
-    return {**kept, **_SUMMARIZED[known]}
+    return {k: stored[k] for k in ("parameters", "pretraining_seconds") if k in stored}
 
 
 def load_record(
@@ -110,7 +107,7 @@ def load_record(
     try:
         found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         config, history = RunConfig(**found["config"]), read_history(folder / "history.csv")
-        return Record(folder, config, found["made_with"], history, summary_of(folder, config, history))
+        return Record(folder, config, found["made_with"], history, kept_of(folder))
     except (OSError, KeyError, TypeError, ValueError, RecursionError) as e:
         raise BadInput(
             f"'{folder}' does not hold the record of a run ({type(e).__name__}: {e}). Move the folder away; the"
@@ -123,10 +120,8 @@ def scored_rarely(
     epochs: int,  # between two scores of the task in hand, a multiple of what they are
 ) -> Record:
     "The record that the same run would have left, had it been scored less often."
-    history = scored_every(record.history, epochs)
-    kept = {k: record.summary[k] for k in ("parameters", "pretraining_seconds") if k in record.summary}
-    config = replace(record.config, score_every=epochs)
-    return replace(record, config=config, history=history, summary={**kept, **summarize(history)})
+    history = scored_every(record.history, epochs, record.config.eval_every)
+    return replace(record, config=replace(record.config, score_every=epochs), history=history)
 
 
 def scored_alike(
@@ -174,17 +169,6 @@ def probe_tasks(
     tasks = task_sequence(dataset, images, n_tasks=n_tasks)
     return [Task(t.name, t.classes, few(t.train), few(t.valid), few(t.test)) for t in tasks]
 
-
-@contextmanager
-def in_float64():
-    "Let torch make its tensors in float64, unless it is told otherwise."
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
-
 # %% ../../nbs/32_records.ipynb #8a3efe02
 _probes: dict[tuple, list[float]] = {}
 
@@ -204,7 +188,7 @@ def _losses(config: RunConfig, images: Images) -> list[float]:
     key = config, METHODS[config.method], images.fingerprint
     if key not in _probes:
         tasks = probe_tasks(config.dataset, images, config.tasks)
-        with in_float64():
+        with precision(torch.float64):
             network = build_network(config.method, DATASETS[config.dataset].architecture, length=config.tasks)
             if start := network.starts_from:
                 first = start(network.arch, 0, config.tasks)

@@ -20,13 +20,13 @@ from ..data.images import Images
 from ..data.tasks import DataSet, Task
 from ..methods.base import Dropout
 from ..methods.registry import METHODS, register, title_of
-from .configuration import LATER, TRAINING, RunConfig
+from .configuration import LATER, TRAINING, RunConfig, published, scoring_interval
 from .figures import caption, color_of, finish, panels, target
 from .metrics import accuracy_by_epoch, own_phase
 from .paper import images_of_task
 from .records import Record, load_record
 from .runs import run
-from .studies import scoring_interval, split_names
+from .studies import split_names
 
 # %% auto #0
 __all__ = ['VARIANTS', 'CANDIDATES', 'METHODS_ASKED', 'SIGNS', 'CONTROL', 'in_order', 'ScaledAtOnce', 'scaled_at_once',
@@ -139,10 +139,8 @@ class Candidate:
             changed = {"in-order": in_order, "scaled-at-once": scaled_at_once}[self.data](DATASETS[dataset])
             dataset = DATASETS.setdefault(changed.name, changed).name
         method = _method(method, self.dropout) if self.dropout else method
-        t = TRAINING[DATASETS[dataset].architecture]
-        every = scoring_interval(epochs, 20), scoring_interval(epochs, 4)
-        form = dict(batch_size=t.batch_size, lr=t.lr, decay=t.decay, score_every=every[0], eval_every=every[1])
-        return RunConfig(dataset, method, epochs, tasks, **form | self.settings)
+        often = dict(score_every=scoring_interval(epochs, 20), eval_every=scoring_interval(epochs, 4))
+        return published(dataset, method, epochs=epochs, tasks=tasks, **often, **self.settings)
 
 
 CANDIDATES = {

@@ -23,7 +23,7 @@ from ..data.images import Images
 from ..data.tasks import DataSet, Task
 from ..methods.base import count_parameters
 from ..methods.registry import METHODS, build_shapes, can_build
-from .configuration import LATER, RunConfig, training_of
+from .configuration import LATER, RunConfig, published, training_of
 from dfcnn.experiments.engine import (
     Engine,
     Failure,
@@ -37,8 +37,8 @@ from dfcnn.experiments.engine import (
 from .records import Record, made_with
 
 # %% auto #0
-__all__ = ['Study', 'RunsFailed', 'split_names', 'pick_methods', 'base_config', 'check_places', 'lay_out', 'scoring_interval',
-           'lifelong_study', 'multitask_study', 'notebook_parameters']
+__all__ = ['Study', 'RunsFailed', 'split_names', 'pick_methods', 'base_config', 'check_places', 'lay_out', 'lifelong_study',
+           'multitask_study', 'notebook_parameters']
 
 # %% ../../nbs/35_studies.ipynb #8abf4ae1
 @dataclass
@@ -261,20 +261,11 @@ def base_config(
     *,
     tasks: int | None = None,  # the first so many; None: all
     seed: int,  # of the study
-    **settings: Any,  # more fields of `RunConfig`
+    **settings: Any,  # more fields of `RunConfig`; None: as published
 ) -> RunConfig:
     "The configuration that all runs of a study have in common; its method is a placeholder."
-    training, n = training_of(dataset), len(dataset.groups())
-    return RunConfig(
-        dataset.name,
-        "STL",
-        tasks=n if tasks is None else check_number("tasks", tasks, 1, n),
-        batch_size=training.batch_size,
-        lr=training.lr,
-        decay=training.decay,
-        seed=check_number("seed", seed, 0),
-        **settings,
-    )
+    tasks = None if tasks is None else check_number("tasks", tasks, 1, len(dataset.groups()))
+    return published(dataset.name, "STL", tasks=tasks, seed=check_number("seed", seed, 0), **settings)
 
 
 def check_places(
@@ -337,16 +328,6 @@ def lay_out(
     return Study(grid, images, output, engine, where)
 
 # %% ../../nbs/35_studies.ipynb #17e9ff9d
-def scoring_interval(
-    epochs: int,  # of a task
-    times: int,  # at most so many scores of a task
-    at_least: int = 1,  # epochs between two scores, however many `times`
-) -> int:  # epochs between two scores
-    "Epochs between two scores, so that there are at most so many `times` per task, and `at_least` so many epochs between two."
-    return max(at_least, -(-epochs // times))
-
-
-
 def _lifelong_dataset(name: str, data_dir: str | None, size: int | None) -> DataSet:
     "The data set that a study names; that of a user's own images is made from their folder."
     listed = [d for d in DATASETS if not (isinstance(DATASETS[d], MultiTask) or DATASETS[d].own)]
@@ -383,15 +364,14 @@ def lifelong_study(
         score_every = dataset.quick_score_every if score_every is None else score_every
         tasks = dataset.quick_tasks if tasks is None else tasks
     epochs = dataset.quick_epochs if epochs is None else check_number("epochs", epochs, 1, 1_000_000)
-    score_every = scoring_interval(epochs, 200) if score_every is None else score_every
-    eval_every = scoring_interval(epochs, 20, 10) if eval_every is None else eval_every
+    interval = lambda name, value: None if value is None else check_number(name, value, 1, 1_000_000)
     config = base_config(
         dataset,
         epochs=epochs,
         tasks=tasks,
         seed=seed,
-        score_every=check_number("score_every", score_every, 1, 1_000_000),
-        eval_every=check_number("eval_every", eval_every, 1, 1_000_000),
+        score_every=interval("score_every", score_every),
+        eval_every=interval("eval_every", eval_every),
         loss=check_choice("loss", loss, ["sum", "mean"]),
         mean_squares_restart=check_choice("mean_squares_restart", mean_squares_restart, ["task", "epoch"]),
     )

@@ -17,8 +17,8 @@ from ..core import BadInput, check_number, stream
 from .architectures import Architecture
 
 # %% auto #0
-__all__ = ['max_pool_same', 'conv_block', 'weight', 'bias', 'Convolutions', 'Dropout', 'Head', 'LifelongNetwork', 'Parts',
-           'tasks_in', 'before_loading', 'count_parameters']
+__all__ = ['max_pool_same', 'conv_block', 'weight', 'bias', 'Convolutions', 'Dropout', 'Head', 'LifelongNetwork', 'tasks_in',
+           'before_loading', 'count_parameters']
 
 # %% ../../nbs/11_base.ipynb #34db882c
 def max_pool_same(
@@ -143,15 +143,6 @@ class LifelongNetwork(nn.Module):
         for (W, b), pool in zip(self.filters(task), self.arch.pools):
             x = conv_block(x, W, b, pool)
         return self.head_of(task)(x)
-
-# %% ../../nbs/11_base.ipynb #427ff288
-class Parts(nn.Module):
-    "Modules under the names that they are given."
-
-    def __init__(self, **modules: nn.Module):
-        super().__init__()
-        for name, module in modules.items():
-            self.add_module(name, module)
 
 # %% ../../nbs/11_base.ipynb #47147c66
 @patch

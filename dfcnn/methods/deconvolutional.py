@@ -12,7 +12,7 @@ from torch import nn
 
 from ..core import BadInput, stream
 from .architectures import Architecture
-from .base import LifelongNetwork, Parts
+from .base import LifelongNetwork
 from .factorization import Direct, TwoContractions, TwoStage, kernel_of, new_knowledge_base
 
 # %% auto #0
@@ -103,12 +103,8 @@ class DFCNN(LifelongNetwork):
 
     def new_task(self, generator: torch.Generator) -> nn.Module:
         layers = zip(self.sizes.kb, self.sizes.c, self.arch.conv_shapes)
-        return Parts(
-            generators=nn.ModuleList(
-                self.generator(kb, c, cin, cout, generator) for kb, c, (cin, cout, _) in layers
-            ),
-            head=self.new_head(generator),
-        )
+        generators = nn.ModuleList(self.generator(kb, c, cin, cout, generator) for kb, c, (cin, cout, _) in layers)
+        return nn.ModuleDict(dict(generators=generators, head=self.new_head(generator)))
 
     def filters(self, task: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
         "Algorithm 1, `reconstruct NN from shared KB`."

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import warnings
-from collections import deque
+from collections import Counter, deque
 from dataclasses import dataclass, replace
 from typing import Iterator, Sequence
 
@@ -17,7 +17,7 @@ from torch import nn
 
 from ..core import stream
 from .architectures import Architecture
-from .base import Head, LifelongNetwork, Parts, bias, weight
+from .base import Head, LifelongNetwork, bias, weight
 
 with warnings.catch_warnings():  # fastai 2.8 imports parts of torch that are about to go
     warnings.simplefilter("ignore")
@@ -124,7 +124,7 @@ def new_task(self: DEN, generator: torch.Generator) -> nn.Module:
     self.masks, self.old = {}, {}
     self.stage = "select" if len(self.tasks) else "first"
     self.stamps = torch.cat([self.stamps, self.stamps.new_tensor([len(self.grown)])])
-    return Parts(head=self.new_head(generator))
+    return nn.ModuleDict(dict(head=self.new_head(generator)))
 
 # %% ../../nbs/17_expandable.ipynb #d3772ace
 @patch
@@ -370,8 +370,7 @@ class GrowthStages(Callback):
         self.log: list[dict] = []  # what was done at the beginning of stages
 
     def before_fit(self):
-        schedule = self.task_switch.schedule
-        self.epochs = {task: schedule.count(task) for task in schedule}
+        self.epochs = Counter(self.task_switch.schedule)  # of each task
 
     def before_phase(self):
         self.trained = self.model.trains(self.learn.task)
@@ -488,10 +487,9 @@ def make_room(self: DEN, state: dict) -> None:
     self.stamps = state["stamps"].to(self.n_tasks.device, copy=True)
     self.outputs = [self.outputs_in(state, task) for task in range(len(self.stamps))]
     for stamp in self.stamps.tolist():
-        self.append_task(Parts(head=self.new_head(none, stamp)))
+        self.append_task(nn.ModuleDict(dict(head=self.new_head(none, stamp))))
     parameters = dict(self.named_parameters())
     self.stage, self.old, self.masks = ("first", *STAGES)[int(state.pop("stage"))], {}, {}
     for k in [k for k in state if k.startswith(("old.", "masks."))]:
         what, _, name = k.partition(".")
         getattr(self, what)[parameters[name]] = state.pop(k).to(self.n_tasks.device, copy=True)
-

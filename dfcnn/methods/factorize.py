@@ -23,7 +23,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
 
 from ..core import BadInput, brief, check_choice, check_number, seeded, stream
-from .base import LifelongNetwork, Parts, count_parameters, tasks_in
+from .base import LifelongNetwork, count_parameters, tasks_in
 from .factorization import TwoStage, deconvolve, new_knowledge_base
 
 # %% auto #0
@@ -398,7 +398,7 @@ def add_task(
 
 
 @patch
-def new_task(self: FactorizedNetwork, generator: torch.Generator) -> Parts:
+def new_task(self: FactorizedNetwork, generator: torch.Generator) -> nn.ModuleDict:
     "What the next task owns: V and U of each layer, a new head, and the rest as it was given."
     generators = nn.ModuleList(layer.generator(generator) for layer in self.plan.layers)
     if self.initial is not None:
@@ -406,7 +406,7 @@ def new_task(self: FactorizedNetwork, generator: torch.Generator) -> Parts:
     with seeded(self.seed, "init", "task", len(self.tasks), "head"):
         head = self.make_head(self.outputs[len(self.tasks)])
     named = {f"{self.plan.head}.{k}": p for k, p in head.named_parameters()}
-    return Parts(generators=generators, own=Tensors({**self.given, **named}))
+    return nn.ModuleDict(dict(generators=generators, own=Tensors({**self.given, **named})))
 
 
 @patch

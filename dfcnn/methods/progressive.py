@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .base import Convolutions, LifelongNetwork, Parts, bias, conv_block, weight
+from .base import Convolutions, LifelongNetwork, bias, conv_block, weight
 
 # %% auto #0
 __all__ = ['Adapter', 'ProgNN']
@@ -49,11 +49,8 @@ class ProgNN(LifelongNetwork):
             nn.ModuleList(Adapter(cin, max(1, cin // (2 * (t + 1))), cout, k, generator) for _ in range(t))
             for cin, cout, k in self.arch.conv_shapes[1:]
         ]
-        return Parts(
-            conv=Convolutions(self.arch, generator),
-            adapters=nn.ModuleList(adapters),
-            head=self.new_head(generator),
-        )
+        conv, head = Convolutions(self.arch, generator), self.new_head(generator)
+        return nn.ModuleDict(dict(conv=conv, adapters=nn.ModuleList(adapters), head=head))
 
     def filters(self, task: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
         "A column's own filters, without what comes through its adapters."

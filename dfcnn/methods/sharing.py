@@ -10,7 +10,7 @@ from torch import nn
 
 from ..core import BadInput, stream
 from .architectures import Architecture
-from .base import Convolutions, Head, LifelongNetwork, Parts
+from .base import Convolutions, Head, LifelongNetwork
 
 # %% auto #0
 __all__ = ['STL', 'HPS', 'SNN']
@@ -20,7 +20,7 @@ class STL(LifelongNetwork):
     "A network of its own for every task."
 
     def new_task(self, generator: torch.Generator) -> nn.Module:
-        return Parts(conv=Convolutions(self.arch, generator), head=self.new_head(generator))
+        return nn.ModuleDict(dict(conv=Convolutions(self.arch, generator), head=self.new_head(generator)))
 
     def filters(self, task: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
         return self.tasks[task].conv()
@@ -34,7 +34,7 @@ class HPS(LifelongNetwork):
         self.conv = Convolutions(arch, stream(seed, "init", "conv"))
 
     def new_task(self, generator: torch.Generator) -> nn.Module:
-        return Parts(head=self.new_head(generator))
+        return nn.ModuleDict(dict(head=self.new_head(generator)))
 
     def filters(self, task: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
         return self.conv()
@@ -49,7 +49,7 @@ class SNN(LifelongNetwork):
         self.head = Head(arch, stream(seed, "init", "head"))
 
     def new_task(self, generator: torch.Generator) -> nn.Module:
-        return Parts()
+        return nn.ModuleDict()
 
     def filters(self, task: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
         return self.conv()

@@ -11,7 +11,7 @@ from torch import nn
 
 from ..core import BadInput, stream
 from .architectures import Architecture
-from .base import LifelongNetwork, Parts, bias
+from .base import LifelongNetwork, bias
 from .sharing import STL
 
 # %% auto #0
@@ -64,7 +64,7 @@ def hold(self: TF, layers: list[tuple[torch.Tensor, list[torch.Tensor]]]) -> Non
     parameters = lambda tensors: nn.ParameterList(nn.Parameter(t.detach().clone()) for t in tensors)
     self.core = parameters(core for core, _ in layers)
     self.factors = nn.ModuleList(parameters(factors[:-1]) for _, factors in layers)
-    self.rows = Parts()
+    self.rows = nn.Module()
     for l, (_, factors) in enumerate(layers):
         self.rows.register_buffer(str(l), factors[-1].detach().clone())
     self.to(self.n_tasks.device)
@@ -85,7 +85,7 @@ def new_task(self: TF, generator: torch.Generator) -> nn.Module:
             " `length`."
         )
     biases = nn.ParameterList(bias(cout) for _, cout, _ in self.arch.conv_shapes)
-    return Parts(row=self.new_row(len(self.tasks)), b=biases, head=self.new_head(generator))
+    return nn.ModuleDict(dict(row=self.new_row(len(self.tasks)), b=biases, head=self.new_head(generator)))
 
 
 @patch

@@ -53,8 +53,7 @@ class StopEarly(Callback):
         self.patience, self.losses, self.best = patience, [], {}
 
     def after_epoch(self):
-        scores = self.learn.evaluate.history
-        self.losses.append(float(scores[scores.split == "valid"].loss.iloc[-1]))
+        self.losses.append(self.learn.evaluate.latest[self.learn.task, "valid"][1])
         if self.losses[-1] <= min(self.losses):
             self.best = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
         since = len(self.losses) - 1 - self.losses.index(min(self.losses))
@@ -114,8 +113,8 @@ class ShowEpochs(Callback):
         self.bar.update(0)
 
     def after_epoch(self):
-        scores = self.learn.evaluate.history
-        self.bar.comment = f"epochs of {self.title}: validation accuracy {scores[scores.split == 'valid'].accuracy.iloc[-1]:.1%}"
+        accuracy, _ = self.learn.evaluate.latest[self.learn.task, "valid"]
+        self.bar.comment = f"epochs of {self.title}: validation accuracy {accuracy:.1%}"
         self.bar.update(self.epoch + 1)
 
     def after_fit(self):

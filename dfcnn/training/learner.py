@@ -15,13 +15,13 @@ import pandas as pd
 import torch
 from fastcore.all import L, patch
 
-from ..core import BadInput, check_number, keep_memory
+from ..core import BadInput, check_choice, check_number, keep_memory
 from ..data.tasks import Task
 from ..methods.base import LifelongNetwork
 from .batches import SeedEpochs, TaskBatches, on_device
 from .evaluation import Evaluate
 from .optimizer import RMSProp, gradient_scale, sum_cross_entropy
-from .schedule import FitCallback, InverseTimeDecay, TaskSwitch, lifelong_schedule, restarts
+from .schedule import FitCallback, InverseTimeDecay, RestartMeanSquares, TaskSwitch, lifelong_schedule
 
 with warnings.catch_warnings():  # fastai 2.8 imports parts of torch that are about to go
     warnings.simplefilter("ignore")
@@ -189,6 +189,7 @@ def task_learner(
     "A fastai Learner that learns `tasks` as the schedule says."
     eval_every = None if eval_every is None else check_number("eval_every", eval_every, 1)
     score_every, batch_size = check_number("score_every", score_every, 1), check_number("batch_size", batch_size, 1)
+    check_choice("mean_squares_restart", mean_squares_restart, ["task", "epoch"])
     check_tasks(network, tasks, schedule, together, batch_size)
     device = torch.device(device)
     if device.type == "cpu":
@@ -203,7 +204,7 @@ def task_learner(
         SeedEpochs(seed),
         TaskSwitch(schedule, together),
         InverseTimeDecay(decay),
-        *restarts(mean_squares_restart),
+        *[RestartMeanSquares()] * (mean_squares_restart == "epoch"),
         Evaluate(tasks, eval_every, together, score_every),
         *network.callbacks(),
         *cbs,

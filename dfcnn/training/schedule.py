@@ -20,8 +20,7 @@ with warnings.catch_warnings():  # fastai 2.8 imports parts of torch that are ab
     from fastai.callback.core import Callback
 
 # %% auto #0
-__all__ = ['lifelong_schedule', 'multitask_schedule', 'FitCallback', 'TaskSwitch', 'InverseTimeDecay', 'RestartMeanSquares',
-           'restarts']
+__all__ = ['lifelong_schedule', 'multitask_schedule', 'FitCallback', 'TaskSwitch', 'InverseTimeDecay', 'RestartMeanSquares']
 
 # %% ../../nbs/21_schedule.ipynb #ff54d29a
 def lifelong_schedule(
@@ -156,9 +155,3 @@ class RestartMeanSquares(FitCallback):
 
     def before_epoch(self):
         self.opt.opt.restart()
-
-
-def restarts(mean_squares_restart: str) -> list[Callback]:  # "task" or "epoch"
-    "What lets mean squares begin anew; a new task's do so by themselves."
-    often = check_choice("mean_squares_restart", mean_squares_restart, ["task", "epoch"]) == "epoch"
-    return [RestartMeanSquares()] * often
