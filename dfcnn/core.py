@@ -22,7 +22,8 @@ import torch
 
 # %% auto #0
 __all__ = ['LARGEST', 'BadInput', 'brief', 'composed', 'simplify', 'check_choice', 'check_number', 'check_path', 'stream_seed',
-           'stream', 'seeded', 'pick_device', 'precision', 'keep_memory', 'writing', 'write_text', 'cache_dir']
+           'stream', 'drawing_gpus', 'seeded', 'pick_device', 'precision', 'keep_memory', 'writing', 'write_text',
+           'cache_dir']
 
 # %% ../nbs/00_core.ipynb #08872d6c
 class BadInput(ValueError):
@@ -118,10 +119,15 @@ def stream(seed: int, *names: Any) -> torch.Generator:
     return torch.Generator().manual_seed(stream_seed(seed, *names))
 
 # %% ../nbs/00_core.ipynb #94ffd0f4
+def drawing_gpus() -> list[int]:
+    "The CUDA GPUs whose generators may be in use. To ask for their state would start CUDA in a process that does without."
+    return list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+
+
 @contextmanager
 def seeded(seed: int, *names: Any):
     "Make torch's global generators the stream of `names`, and afterwards what they were before."
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+    with torch.random.fork_rng(devices=drawing_gpus()):
         torch.manual_seed(stream_seed(seed, *names))
         yield
 

@@ -297,6 +297,7 @@ def run_in_worker(
     until = where["until"]
     if until and time.time() >= until:
         return [(c, Unfinished(c)) for c in configs]
+    gc.collect()  # what earlier runs of this process have left on a GPU
     try:
         images = images or _images(configs[0].dataset, where["data_dir"])
         if (images.fingerprint, PACKAGE) != made_of:

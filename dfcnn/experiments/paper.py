@@ -125,8 +125,8 @@ def step_seconds(
             optimizer.zero_grad()
             sum_cross_entropy(network(x, 0), y).backward()
             optimizer.step()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
+            if device.type != "cpu":
+                torch.get_device_module(device).synchronize()
             took.append(clock() - start)
     return float(np.median(took[1:]))  # the first one sets up
 

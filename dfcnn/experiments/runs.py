@@ -16,7 +16,7 @@ import pandas as pd
 import torch
 from fastcore.basics import patch
 
-from ..core import write_text
+from ..core import pick_device, write_text
 from ..data.datasets import DATASETS, task_sequence
 from ..data.images import Images
 from ..methods.base import LifelongNetwork, count_parameters
@@ -175,6 +175,7 @@ def run_together(
     checkpoint_every: float = 120.0,  # seconds
 ) -> list[Record]:
     "Train and evaluate the trials of a method as one (see `27_stacking`), and leave a record of each, as `run` does."
+    device = pick_device(device) if isinstance(device, str) else device
     for c in configs:
         c.check_listed()
     folders = [Path(output_dir) / c.name for c in configs]
@@ -183,7 +184,7 @@ def run_together(
             stack.enter_context(folder_lock(folder))
         stack.enter_context(using_threads(threads))
         pending = [
-            PendingRun(c, images, folder, torch.device(device), own, checkpoint_every)
+            PendingRun(c, images, folder, device, own, checkpoint_every)
             for c, folder, own in zip(configs, folders, cbs or [()] * len(configs))
         ]
         left = [p for p in pending if not p.complete]

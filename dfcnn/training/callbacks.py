@@ -95,9 +95,8 @@ class Augment(Callback):
 
     def changed(self, x: torch.Tensor) -> torch.Tensor:  # both as the network sees images
         "What becomes of some images."
-        mean, std = self.mean.to(x), self.std.to(x)
-        return (self.pipeline(TensorImage(x * std + mean)).as_subclass(torch.Tensor) - mean) / std
-
+        self.mean, self.std = self.mean.to(x), self.std.to(x)  # once
+        return (self.pipeline(TensorImage(x * self.std + self.mean)).as_subclass(torch.Tensor) - self.mean) / self.std
 
 # %% ../../nbs/28_callbacks.ipynb #d8ff000b
 class ShowEpochs(Callback):

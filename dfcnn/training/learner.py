@@ -15,7 +15,7 @@ import pandas as pd
 import torch
 from fastcore.all import L, patch
 
-from ..core import BadInput, check_choice, check_number, keep_memory
+from ..core import BadInput, check_choice, check_number, drawing_gpus, keep_memory, pick_device
 from ..data.tasks import Task
 from ..methods.base import LifelongNetwork
 from .batches import SeedEpochs, TaskBatches, on_device
@@ -178,7 +178,7 @@ def task_learner(
     batch_size: int,  # images
     eval_every: int | None = 1,  # epochs between two scores of earlier tasks; None: nothing is scored
     seed: int = 0,  # of batches and dropout
-    device: torch.device | str = "cpu",  # all images are moved there
+    device: torch.device | str = "cpu",  # all images are moved there; a name is looked up by `pick_device`
     cbs: Sequence[Callback] = (),  # more callbacks
     together: bool = False,  # are all tasks there from the start?
     score_every: int = 1,  # epochs between two scores of the task in hand, where tasks come one by one
@@ -191,7 +191,7 @@ def task_learner(
     score_every, batch_size = check_number("score_every", score_every, 1), check_number("batch_size", batch_size, 1)
     check_choice("mean_squares_restart", mean_squares_restart, ["task", "epoch"])
     check_tasks(network, tasks, schedule, together, batch_size)
-    device = torch.device(device)
+    device = pick_device(device) if isinstance(device, str) else device
     if device.type == "cpu":
         keep_memory()
     tasks = on_device(tasks, device)
@@ -227,7 +227,7 @@ def lifelong_learner(
 
 def train(learn: TaskLearner) -> pd.DataFrame:  # the history
     "Run the schedule to its end; torch's global generators are left as they were."
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+    with torch.random.fork_rng(devices=drawing_gpus()):
         learn.fit()
     return learn.evaluate.history
 

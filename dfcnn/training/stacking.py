@@ -22,6 +22,7 @@ from greenlet import getcurrent, greenlet
 from torch import nn
 from torch.func import functional_call, vmap
 
+from ..core import drawing_gpus
 from ..methods.base import Dropout, LifelongNetwork
 from .evaluation import Evaluate, timestamp
 from .learner import TaskLearner, TrainEval, listens
@@ -160,7 +161,7 @@ def step(self: StackedTrainer) -> None:
     params, squares = [self.moving[k].detach() for k in grads], [self.mean_squares[k] for k in grads]
     lr = self.lr if self.captures else self.rate
     rmsprop_(params, list(grads.values()), squares, lr, **self.constants)
-    self.losses.index_copy_(0, self.at, losses.detach()[None])
+    self.losses[self.at] = losses.detach()[None]
     self.correct += (logits.detach().argmax(-1) == y).sum(1)
     self.at += 1
 
@@ -205,9 +206,17 @@ def replay(self: StackedTrainer) -> None:
         return
     if self.graph is None:
         gc.collect()  # no older graph may go while one is captured
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=self.aside, capture_error_mode="thread_local"):  # records the step without taking it
-            self.step()
+        graph, before = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        try:
+            with torch.cuda.graph(graph, stream=self.aside, capture_error_mode="thread_local"):  # records the step without taking it
+                self.step()
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as e:  # no step was taken
+            torch.cuda.set_stream(before)
+            self.captures = False
+            say_once(f"A step of {type(self.network).__name__} cannot be captured ({e}). Its steps are taken one by one, which is slower.")
+            return self.step()
         self.graph = graph
     self.graph.replay()
 
@@ -467,7 +476,7 @@ def train_together(
     learners: Sequence[TaskLearner],  # of the trials of a method
 ) -> list[pd.DataFrame]:  # the histories
     "Run the schedule of several Learners to its end; where it is possible, each step is taken for all of them at once."
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+    with torch.random.fork_rng(devices=drawing_gpus()):
         if len(learners) == 1:
             learners[0].fit(cbs=FastEpochs())
         else:
