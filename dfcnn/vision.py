@@ -357,7 +357,7 @@ def report(self: ImageLearner) -> None:
     "Say how the last task was learned, and what it did to the others."
     last = self.learned[-1]
     low, high = wilson(last.correct[-1], last.images[2])
-    print(f"{last.name}: {last.correct[-1] / last.images[2]:.1%} of {last.images[2]} test images ({low:.0%} to {high:.0%}) after {last.epochs} epochs")
+    print(f"{last.name}: {last.correct[-1] / last.images[2]:.1%} of {last.images[2]} test images ({low:.0%} to {high:.0%}) after {last.epochs} epoch{'s' * (last.epochs > 1)}")
     before = self.learned[-2].correct if len(self.learned) > 1 else []
     for task, was, now in zip(self.learned, before, last.correct):
         if was is None or now is None:

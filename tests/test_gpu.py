@@ -8,11 +8,16 @@ import pytest
 import torch
 
 from dfcnn.core import pick_device, precision
+from dfcnn.data.folders import tasks_from_datasets
 from dfcnn.data.tasks import Split, Task
+from dfcnn.methods.architectures import architecture_called
 from dfcnn.methods.registry import build_network
+from dfcnn.methods.sharing import HPS
+from dfcnn.training.checkpoint import Checkpoint
 from dfcnn.training.learner import Callback, lifelong_learner, task_learner, train
 from dfcnn.training.stacking import FastEpochs, StackedTrainer, train_together
 from dfcnn.experiments.studies import lifelong_study
+from dfcnn.vision import image_learner, load_learner
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA GPU here; on a machine with one run pytest tests/test_gpu.py")
 METHODS = ["STL", "HPS", "ProgNN", "TF", "DF-CNN", "DF-CNN.direct", "DF-CNN.tc2"]
@@ -144,3 +149,73 @@ def test_a_study_stacks_its_trials_by_itself(tmp_path):
     assert study.engine.stack and study.engine.workers == 1
     records = study.run()
     assert all(r.made_with["device"] == torch.cuda.get_device_name() for r in records)
+
+
+class Reads(HPS):
+    "A network that looks at its values, which no captured step can do."
+
+    def filters(self, task: int) -> list:
+        return super().filters(task) if self.conv.W[0].sum().item() < 1e9 else []
+
+
+def test_a_step_that_cannot_be_captured_is_taken_as_it_is(capsys):
+    hyper = dict(epochs=2, lr=1e-4, decay=2.5e-4, batch_size=10, device="cuda")
+    reads, plain = (lifelong_learner(of(architecture_called("cifar100"), 0, 2), noise(0), **hyper) for of in (Reads, HPS))
+    train_together([reads])
+    assert "A step of Reads cannot be captured" in capsys.readouterr().out
+    train_together([plain])
+    agree(reads, plain, "HPS")
+    assert torch.cuda.current_stream() == torch.cuda.default_stream()
+
+
+def test_the_name_of_a_device_means_float32():
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    network = build_network("STL", "cifar100", length=2)
+    lifelong_learner(network, noise(0), epochs=1, lr=1e-4, decay=2.5e-4, batch_size=10, device="cuda")
+    assert not torch.backends.cudnn.allow_tf32 and not torch.backends.cuda.matmul.allow_tf32
+
+
+class Stop(Callback):
+    "A kill after the first task, when its checkpoint has been taken."
+
+    order = 61
+
+    def after_epoch(self):
+        if self.epoch == 1:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("trials", [1, 3])
+def test_a_run_that_was_killed_goes_on(trials, tmp_path):
+    make = lambda t, *cbs: learner("DF-CNN", t, epochs=2, cbs=[Checkpoint(tmp_path / f"{t}.safetensors"), *cbs])
+    with precision(torch.float64):
+        with pytest.raises(KeyboardInterrupt):
+            train_together([make(t, Stop()) for t in range(trials)])
+        again, whole = [make(t) for t in range(trials)], [learner("DF-CNN", t, epochs=2) for t in range(trials)]
+        assert again[0].epochs_done == 2  # the others are behind, and catch up
+        train_together(again), train_together(whole)
+    for one, other in zip(again, whole):
+        for (k, a), b in zip(one.model.named_parameters(), other.model.parameters()):
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-9, msg=k)
+
+
+def test_memory_does_not_grow_with_the_tasks():
+    def used(tasks: int) -> int:
+        network = build_network("HPS", "cifar100", length=tasks)
+        learn = lifelong_learner(network, noise(0) * (tasks // 2), epochs=1, lr=1e-4, decay=1e-3, batch_size=10, device="cuda")
+        torch.cuda.reset_peak_memory_stats()
+        train_together([learn])
+        return torch.cuda.max_memory_allocated()
+
+    used(2)  # what CUDA's libraries keep
+    few, many = used(2), used(12)
+    assert many < few + 64 * 2**20, f"{few / 2**20:.0f} MiB for two tasks, {many / 2**20:.0f} MiB for twelve"
+
+
+def test_images_of_ones_own(tmp_path):
+    images = [(torch.randint(0, 256, (3, 32, 32), dtype=torch.uint8), i % 3) for i in range(60)]
+    tasks = tasks_from_datasets({"a": images, "b": images[::-1]}, size=32)
+    learn = image_learner(tasks, epochs=3, device="cuda").fit()
+    learn.export(tmp_path / "model")
+    one, other = (l.predict(images[0][0], task="a")[2] for l in (learn, load_learner(tmp_path / "model", device="cpu")))
+    assert (one - other).abs().max() < 1e-3
