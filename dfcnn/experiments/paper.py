@@ -31,7 +31,7 @@ from .studies import RunsFailed, Study, lifelong_study, multitask_study
 from .comparison import SideBySide, side_by_side
 
 # %% auto #0
-__all__ = ['PLAN', 'HOME_IMAGES', 'SCORED', 'Stage', 'step_seconds', 'images_of_task', 'hours_of', 'Shelf', 'turn', 'Paper',
+__all__ = ['PLAN', 'HOME_IMAGES', 'SCORED', 'Stage', 'step_seconds', 'images_of_task', 'hours_of', 'Inventory', 'turn', 'Paper',
            'whole_paper']
 
 # %% ../../nbs/41_paper.ipynb #9ceab36f
@@ -182,7 +182,7 @@ def hours_of(
     return (1 + bool(start)) * images * step / config.batch_size / 3600
 
 # %% ../../nbs/41_paper.ipynb #3d1903fb
-class Shelf:
+class Inventory:
     "The records that there are, and the images at hand."
 
     def __init__(self, records: Sequence[Record], data_dir: str | None):
@@ -227,13 +227,13 @@ class Paper:
 
     def __post_init__(self):
         found = load_records(self.records) if self.records.is_dir() else []
-        self.shelf = Shelf(found, self.data_dir)
+        self.inventory = Inventory(found, self.data_dir)
         self.rows, begun, spent = [], set(), 0.0
         for stage in self.stages:
             left = self.hours - spent
-            at_hand = left <= 0 or self.shelf.fetch(stage.datasets[0])  # images are loaded where their turn comes
+            at_hand = left <= 0 or self.inventory.fetch(stage.datasets[0])  # images are loaded where their turn comes
             runs = [c for c in stage.configs() if c not in begun]
-            missing = [c for c in runs if not self.shelf.has(c)]
+            missing = [c for c in runs if not self.inventory.has(c)]
             begun |= set(missing)
             hours = sum(hours_of(c, self.engine.device) for c in missing) / self.engine.workers
             when = turn(hours, left) if missing and self.hours else ""
@@ -278,7 +278,7 @@ def describe(self: Paper) -> str:  # Markdown
         lines.append(f"In {self.hours:g} hours: {'; '.join(whole) or 'no stage as a whole'}." + "".join(f" In part: {what}." for what in part))
     else:
         lines.append("Nothing is trained now: `-p hours 8` trains for at most eight hours, and the same command goes on the next day.")
-    lines += [f"No images of {k}: {why}. Its runs are left out." for k, why in self.shelf.absent.items()]
+    lines += [f"No images of {k}: {why}. Its runs are left out." for k, why in self.inventory.absent.items()]
     return "\n\n".join(lines)
 
 # %% ../../nbs/41_paper.ipynb #366c86ef
@@ -290,11 +290,11 @@ def train(self: Paper) -> None:
     for stage, missing, _, when, _ in self.rows:
         if not self.hours or time.time() >= until:
             break
-        if not missing or not self.shelf.fetch(stage.datasets[0]):
+        if not missing or not self.inventory.fetch(stage.datasets[0]):
             continue
         print(f"{stage.what}: {len(missing)} runs", flush=True)
         study = stage.study(data_dir=self.data_dir, **engine, output_dir=str(self.records / "runs"))
-        study.configs = [c for c in study.configs if not self.shelf.has(c)]
+        study.configs = [c for c in study.configs if not self.inventory.has(c)]
         study.until = until
         try:
             done = study.run()
@@ -302,7 +302,7 @@ def train(self: Paper) -> None:
             print(e, flush=True)
             continue
         for record in done:
-            self.shelf.there.setdefault(record.config, set()).add(record.made_with["data"])
+            self.inventory.there.setdefault(record.config, set()).add(record.made_with["data"])
     if self.hours:
         print("The time is up." if time.time() >= until else "There is nothing left to train.", "What follows is drawn from what is complete.", flush=True)
 

@@ -38,8 +38,8 @@ from .metrics import scored_every, summarize, summarize_together
 # %% auto #0
 __all__ = ['PROBED', 'PACKAGE', 'SAME', 'Record', 'write_history', 'read_history', 'history_checksum', 'kept_of', 'load_record',
            'scored_rarely', 'scored_alike', 'load_records', 'probe_tasks', 'probe', 'git_revision', 'made_with',
-           'same_numbers', 'changes', 'folder_lock', 'set_aside', 'differences', 'read_config', 'reuse_or_set_aside',
-           'made_by', 'load_network']
+           'same_numbers', 'changes', 'folder_lock', 'set_aside', 'differing_settings', 'read_config',
+           'reuse_or_set_aside', 'made_by', 'load_network']
 
 # %% ../../nbs/32_records.ipynb #e6903182
 @dataclass(eq=False)
@@ -299,7 +299,7 @@ def set_aside(folder: Path) -> Path:  # where the files are now
     return aside
 
 # %% ../../nbs/32_records.ipynb #39385f5b
-def differences(
+def differing_settings(
     there: dict,  # entries of a record's configuration
     here: dict,  # and of a run that would be made now
 ) -> str:
@@ -332,7 +332,7 @@ def reuse_or_set_aside(
             print(f"'{folder}' has no config.json. What was there is now in '{set_aside(folder)}'.", flush=True)
         return False
     found = read_config(folder)
-    if other := differences(found["config"], config.stated):
+    if other := differing_settings(found["config"], config.stated):
         raise BadInput(
             f"'{folder}' holds the record of another configuration: {other}. Move the folder away, or choose"
             " another output_dir."

@@ -28,8 +28,8 @@ from .factorization import TwoStage, deconvolve, new_knowledge_base
 
 # %% auto #0
 __all__ = ['ROLES', 'Layer', 'fits', 'tensors_of', 'layers_with_tensors', 'roles_of', 'check_convolution', 'check_left_alone',
-           'check_network', 'head_layer', 'allot', 'Plan', 'plan_for', 'layer_of', 'given_sizes', 'within', 'emptied',
-           'Tensors', 'Form', 'forget_counters', 'FactorizedNetwork', 'uncast', 'deconvolution_matrix',
+           'check_network', 'head_layer', 'allot', 'Plan', 'plan_for', 'layer_of', 'given_sizes', 'sizes_within_budget',
+           'emptied', 'Tensors', 'Form', 'forget_counters', 'FactorizedNetwork', 'uncast', 'deconvolution_matrix',
            'best_transform', 'best_knowledge_base', 'fit_filters', 'factorize', 'NetworkMethod', 'check_images',
            'STLResNet18', 'HPSResNet18', 'DFResNet18']
 
@@ -225,7 +225,7 @@ def plan_for(
         for name, p in net.named_parameters()
         if role in (None, roles[name.rpartition(".")[0]]) and not fits(head, name, net)
     )
-    sized = given_sizes(found, sizes) if sizes else within(found, budget, count("own"), count(None))
+    sized = given_sizes(found, sizes) if sizes else sizes_within_budget(found, budget, count("own"), count(None))
     return Plan(head, roles, sized, (count("own") + sum(l.own for l in sized)) / count(None))
 
 
@@ -253,7 +253,7 @@ def given_sizes(
     return [replace(layer, kb=checked[layer.name][0], c=checked[layer.name][1]) for layer in layers]
 
 
-def within(
+def sizes_within_budget(
     layers: Sequence[Layer],  # that are factorized
     budget: float,  # values that a task may own, relative to the plain network
     own: int,  # values that a task owns besides

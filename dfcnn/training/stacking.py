@@ -30,9 +30,9 @@ from .optimizer import RMSProp, rmsprop_, sum_cross_entropy
 from .schedule import FitCallback
 
 # %% auto #0
-__all__ = ['BATCH_EVENTS', 'STEPS', 'StackedTrainer', 'shared_out', 'optimizer_constants', 'Trainers', 'looking_on',
+__all__ = ['BATCH_EVENTS', 'STEPS', 'StackedTrainer', 'stack_in_place', 'optimizer_constants', 'Trainers', 'looking_on',
            'other_optimizer', 'other_dropout', 'hooked', 'by_batch', 'say_once', 'FastEpochs', 'simple_settings',
-           'parts_of', 'stackable', 'work', 'alike', 'Pause', 'Meeting', 'stand_alone', 'train_together']
+           'parts_of', 'stackable', 'stacking_key', 'alike', 'Pause', 'StackedFits', 'stand_alone', 'train_together']
 
 # %% ../../nbs/27_stacking.ipynb #a484e1c0
 class StackedTrainer:
@@ -63,7 +63,7 @@ class StackedTrainer:
         self.captures, self.graph, self.aside, self.taken = self.device.type == "cuda", None, None, 0
 
 # %% ../../nbs/27_stacking.ipynb #6af99051
-def shared_out(
+def stack_in_place(
     whole: torch.Tensor,  # (k, ...)
     parts: Sequence[torch.Tensor],  # k tensors (...)
 ) -> torch.Tensor:
@@ -86,18 +86,18 @@ def stack(self: StackedTrainer) -> None:
         if id(p) not in used:
             continue
         own = [n[name] for n in named]
-        values = p if alone else shared_out(torch.stack([o.detach() for o in own]), own)
+        values = p if alone else stack_in_place(torch.stack([o.detach() for o in own]), own)
         if id(p) not in trained:
             self.frozen[name] = values
             continue
         squares = [optimizer.mean_square(o) for optimizer, o in zip(optimizers, own)]
         self.moving[name] = values.requires_grad_()
-        self.mean_squares[name] = squares[0] if alone else shared_out(torch.stack(squares), squares)
+        self.mean_squares[name] = squares[0] if alone else stack_in_place(torch.stack(squares), squares)
     buffers = [dict(l.model.named_buffers()) for l in self.learners]
     for name, first in buffers[0].items():
         own = [b[name] for b in buffers]
         if not all(torch.equal(first, o) for o in own):
-            self.frozen[name] = shared_out(torch.stack(own), own)  # each trial computes with its own
+            self.frozen[name] = stack_in_place(torch.stack(own), own)  # each trial computes with its own
 
 # %% ../../nbs/27_stacking.ipynb #0013fe51
 def optimizer_constants(learn: TaskLearner) -> dict[str, float]:
@@ -197,7 +197,7 @@ def epoch(self: StackedTrainer, start: float | torch.Event) -> None:
 def replay(self: StackedTrainer) -> None:
     "A step on a GPU: the first ones as they are, to get memory and kernels ready; then one is captured, and replayed from there on."
     if self.graph is None and self.taken < 3:
-        self.aside = self.aside or torch.cuda.Stream()
+        self.aside = self.aside or torch.cuda.Stream()  # its own: graphs of one stream share cuBLAS workspaces
         self.aside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.aside):
             self.step()
@@ -359,7 +359,7 @@ def stackable(network: LifelongNetwork) -> bool:
     return parts_of(network)[1] and not hooked(network)
 
 
-def work(
+def stacking_key(
     learn: TaskLearner,  # at the beginning of an epoch
 ) -> tuple:  # equal for Learners that can be stacked
     "What a step computes; Learners for which it is the same can be stacked."
@@ -387,7 +387,7 @@ def alike(
     "The Learners in groups that can be trained as one."
     groups: list[tuple[tuple, list[TaskLearner]]] = []
     for l in learners:
-        mine = work(l)
+        mine = stacking_key(l)
         group = next((g for of, g in groups if of == mine), None)
         groups.append((mine, [l])) if group is None else group.append(l)
     return [g for _, g in groups]
@@ -405,7 +405,7 @@ class Pause(FitCallback):
         self.wait(self.learn)
 
 
-class Meeting:
+class StackedFits:
     "Learners that `fit` side by side, one running at a time."
 
     def __init__(self, learners: Sequence[TaskLearner]):
@@ -436,7 +436,7 @@ class Meeting:
 
 # %% ../../nbs/27_stacking.ipynb #be99de27
 @patch
-def train(self: Meeting, learners: Sequence[TaskLearner]) -> None:
+def train(self: StackedFits, learners: Sequence[TaskLearner]) -> None:
     "Carry out the epoch's steps of those that wait for them, stacked where they are alike."
     for group in alike([l for l in learners if self.waiting[l] == "training"]):
         try:
@@ -447,7 +447,7 @@ def train(self: Meeting, learners: Sequence[TaskLearner]) -> None:
 
 
 @patch
-def run(self: Meeting) -> None:
+def run(self: StackedFits) -> None:
     "Let all of them run to their ends; raise the first of their errors then."
     try:
         for l in self.fits:
@@ -480,7 +480,7 @@ def train_together(
         if len(learners) == 1:
             learners[0].fit(cbs=FastEpochs())
         else:
-            Meeting(learners).run()
+            StackedFits(learners).run()
             for l in learners:
                 stand_alone(l)
     return [l.evaluate.history for l in learners]
