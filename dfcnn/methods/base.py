@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import reduce
+from itertools import chain
 
 import torch
 import torch.nn.functional as F
@@ -207,7 +208,8 @@ def append_task(self: LifelongNetwork, own: nn.Module) -> None:
 @patch
 def shared(self: LifelongNetwork) -> list[nn.Parameter]:
     "Parameters that belong to no single task."
-    return [p for name, p in self.named_parameters() if not name.startswith("tasks.")]
+    others = (part.parameters() for name, part in self.named_children() if name != "tasks")  # tasks may be many
+    return list(dict.fromkeys(chain(self.parameters(recurse=False), *others)))
 
 
 @patch
