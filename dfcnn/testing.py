@@ -172,7 +172,7 @@ def made_up(
     often = dict(score_every=1, eval_every=10, schedule="lifelong")
     config = published(dataset, method, epochs=epochs, tasks=len(R), trial=trial, **often | other)
     made = dict(data="made up", device="cpu", host="here", threads=1, tasks=names)
-    return Record(Path("made-up") / dataset / config.name, config, made, history, None)
+    return Record(Path("made-up") / dataset / config.name, config, made, history, {})
 
 # %% ../nbs/60_testing.ipynb #05dce0d1
 def flat(
