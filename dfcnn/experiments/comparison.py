@@ -31,7 +31,7 @@ from dfcnn.experiments.figures import (
     progress_figure,
     targets,
 )
-from .metrics import mean_ci, seconds
+from .metrics import mean_ci, seconds, summarize
 from .records import Record, load_records
 from .verdicts import WIDE, Counted, Metric, doubts, schedule_of, single, studies, variant, within
 
@@ -305,7 +305,7 @@ def by_settings(
     return tables
 
 # %% ../../nbs/40_comparison.ipynb #fd6b4446
-COMPARED = {  # figures of a summary -> title, scale, form
+COMPARED = {  # figures of `summarize` -> title, scale, form
     "peak_accuracy": ("peak accuracy (%)", 100, "{:.1f}"),
     "end_of_task_accuracy": ("end of its task (%)", 100, "{:.1f}"),
     "training_accuracy": ("training images at the end of its task (%)", 100, "{:.1f}"),
@@ -320,7 +320,7 @@ def methods_by_settings(
 ) -> pd.DataFrame:  # a row for each method, "published → other" as text; means over trials
     "What other settings do to each method, on the same tasks: the longest published study beside another."
     same = next(iter(studies(on_tasks(published, tasks_of(other)))), [])
-    means = lambda records, m: pd.DataFrame([r.summary for r in records if r.config.method == m]).mean()
+    means = lambda records, m: pd.DataFrame([summarize(r.history) for r in records if r.config.method == m]).mean()
     rows = {}
     for m in dict.fromkeys(r.config.method for r in other):
         if any(r.config.method == m for r in same):
