@@ -48,7 +48,7 @@ from .methods.sharing import HPS, STL
 from .training.callbacks import Augment, FitSettings, ShowEpochs, StopEarly
 from .training.checkpoint import Checkpoint, checksum, load_tensors, save_tensors
 from .training.evaluation import HISTORY, wilson
-from .training.learner import Callback, TaskLearner, task_learner, train
+from .training.learner import Callback, TaskLearner, task_learner
 from .training.stacking import train_together
 
 with warnings.catch_warnings():  # fastai 2.8 imports parts of torch that are about to go
@@ -310,7 +310,7 @@ def learn_next(
     cbs = [*cbs, ShowEpochs(task.name), *([] if stages else [StopEarly(s.patience)])]
     keep = self.checkpoint(task, s)
     learn = self.learner(cbs + ([keep] if keep else []), s)
-    history = (train(learn) if self.tfms else train_together([learn])[0]).assign(task=task.name)
+    history = train_together([learn])[0].assign(task=task.name)
     before, self.network = self.network, learn.model.eval()
     try:
         correct = [self.count(t) for t in range(number + 1)]

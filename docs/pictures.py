@@ -1,4 +1,5 @@
-"""Draw the pictures that are kept in notebooks: `python docs/pictures.py [--check] [NAME...]`.
+"""Draw the pictures that are kept in notebooks: `python docs/pictures.py [--check] [NAME...]`, or make those of rendered reports
+smaller: `python docs/pictures.py --compact REPORT...`.
 
 A cell with the tag `picture` shows pictures that stay in the file, so that they are seen wherever notebooks are read. Of its outputs the pictures are
 kept, of all other cells nothing. Such a cell uses what the notebook exports, what cells with the tag `setup` make, and what it makes itself. Nothing
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import base64
 import io
+import json
 import re
 import sys
 from pathlib import Path
@@ -100,11 +102,27 @@ def updated(path: Path) -> str:
     return nb2str(nb)
 
 
+def compacted(path: Path) -> str:
+    "The text of a rendered notebook, all of its pictures in 256 colors."
+    nb = json.loads(path.read_text(encoding="utf-8"))
+    for cell in nb["cells"]:
+        for data in (o["data"] for o in cell.get("outputs", []) if "image/png" in o.get("data", {})):
+            png = base64.b64decode(data["image/png"])
+            if Image.open(io.BytesIO(png)).mode != "P":  # else it is compact already
+                data["image/png"] = base64.b64encode(compact(png)).decode()
+    return json.dumps(nb, indent=1, ensure_ascii=False) + "\n"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Draw the pictures that are kept in notebooks.")
     parser.add_argument("--check", action="store_true", help="write nothing; fail where a picture is out of date")
+    parser.add_argument("--compact", action="store_true", help="of rendered notebooks, which are named by their paths, make the pictures smaller")
     parser.add_argument("names", nargs="*", help="notebooks, as 12_factorization; all where none is named")
     args = parser.parse_args()
+    if args.compact:
+        for path in map(Path, args.names):
+            path.write_text(compacted(path), encoding="utf-8")
+        return
     stale = []
     for path in [ROOT / f"nbs/{name}.ipynb" for name in args.names] or sorted((ROOT / "nbs").glob("*.ipynb")):
         if not any(map(is_picture, read_nb(path).cells)):

@@ -145,6 +145,7 @@ def test_the_paper_is_shown_beside_the_records(tmp_path):
     assert shown.count("image/png") >= 3  # forgetting, convergence, learning curves
     assert "SHORT RUN" in shown and "no record on Office-Home" in shown
     assert "loss mean, mean_squares_restart epoch" in shown and "tasks drawn round-robin" in shown
+    assert "peak with every tenth score alone" in shown  # of the runs in long/cifar100 that were scored after every epoch
 
 
 def test_the_paper_trains_for_so_many_hours_and_shows_it(tmp_path, shared):

@@ -11,13 +11,13 @@ import matplotlib.pyplot as plt
 import nbformat
 import numpy as np
 import pytest
-from nbformat.v4 import new_code_cell, new_notebook
+from nbformat.v4 import new_code_cell, new_notebook, new_output
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "docs"))
 import pictures
-from pictures import ALT, alike, is_picture, updated
+from pictures import ALT, alike, compacted, is_picture, updated
 
 NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
 LIBRARY = [n for n in NOTEBOOKS if n.stem[0].isdigit()]
@@ -102,3 +102,18 @@ def test_a_few_pixels_do_not_make_another_picture():
     moved[50:52, 20:180], moved[60:62, 20:180] = 255, 0
     assert alike(png(picture), png(faint)) and not alike(png(picture), png(moved))
     assert not alike(png(picture), png(picture[:, :150]))
+
+
+def test_pictures_of_a_rendered_report_become_smaller_and_look_the_same(tmp_path):
+    fig, ax = plt.subplots(figsize=(4, 3))
+    ax.plot(range(5)), fig.savefig(tmp_path / "a.png"), plt.close(fig)
+    png = (tmp_path / "a.png").read_bytes()
+    shown = new_output("display_data", {"image/png": base64.b64encode(png).decode(), "text/plain": "a line"})
+    report = tmp_path / "report.ipynb"
+    nbformat.write(new_notebook(cells=[new_code_cell("plot()", outputs=[shown])]), report)
+    text = compacted(report)
+    report.write_text(text, encoding="utf-8")
+    (data,) = (o.data for c in nbformat.read(report, 4).cells for o in c.outputs)
+    smaller = base64.b64decode(data["image/png"])
+    assert len(smaller) < len(png) and alike(smaller, png) and data["text/plain"] == "a line"
+    assert compacted(report) == text

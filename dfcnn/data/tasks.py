@@ -147,7 +147,7 @@ class DataSet:
     stand_in: str = ""  # what the images are, where they are not the paper's
     quick_score_every: int = 1  # epochs between two scores of the task in hand, in such a run
     quick_tasks: int | None = None  # and its number of tasks; None: all
-    test_images: int = 100  # of each class, where a task is tested on the images that are there for it
+    test_images: int = 100  # of each class, in a data set that has some set apart
 
     def pick(
         self,

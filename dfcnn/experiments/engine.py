@@ -297,7 +297,7 @@ def run_in_worker(
     until = where["until"]
     if until and time.time() >= until:
         return [(c, Unfinished(c)) for c in configs]
-    gc.collect()  # what earlier runs of this process have left on a GPU
+    gc.collect()  # what earlier runs of this process have left on a GPU, and a group whose error is over
     try:
         images = images or _images(configs[0].dataset, where["data_dir"])
         if (images.fingerprint, PACKAGE) != made_of:
@@ -318,7 +318,6 @@ def run_in_worker(
                 write_text(folders[0] / "error.txt", traceback.format_exc())
             error = str(e).rpartition("\n\t")[2] or type(e).__name__  # fastai puts more before it
             return [(configs[0], Failure(configs[0], error))]
-    gc.collect()  # the trace of the error is gone, and now what the group held on a GPU
     # which one was it? each goes on by itself, from its last checkpoint
     return [result for c in configs for result in run_in_worker([c], method, images, made_of, where)]
 
