@@ -49,6 +49,7 @@ from .training.callbacks import Augment, FitSettings, ShowEpochs, StopEarly
 from .training.checkpoint import Checkpoint, checksum, load_tensors, save_tensors
 from .training.evaluation import HISTORY, wilson
 from .training.learner import Callback, TaskLearner, task_learner
+from .training.schedule import Schedule
 from .training.stacking import train_together
 
 with warnings.catch_warnings():  # fastai 2.8 imports parts of torch that are about to go
@@ -287,7 +288,7 @@ def learner(
     return task_learner(
         copy.deepcopy(self.network),
         [*earlier, self.tasks[task]],
-        [task] * s.epochs,
+        Schedule([task] * s.epochs),
         s.lr,
         s.decay,
         min(s.batch_size, len(self.tasks[task].train.y)),

@@ -14,7 +14,7 @@ from dfcnn.testing import noise_tasks
 from dfcnn.training.audit import Audit
 from dfcnn.training.evaluation import score
 from dfcnn.training.learner import Callback, lifelong_learner, task_learner, train
-from dfcnn.training.schedule import multitask_schedule
+from dfcnn.training.schedule import Schedule, multitask_schedule
 from dfcnn.training.stacking import train_together
 from dfcnn.experiments.metrics import forgetting_ratio
 from dfcnn.experiments.studies import multitask_study
@@ -261,9 +261,8 @@ def test_a_diverging_loss_stops_the_run():
 
 def together(method, cbs=(), schedule=(1, 0, 0, 2, 1), **kw):
     network = build_network(method, SMALL, seed=0, length=3)
-    hyper = {**HYPER, "epochs": None, **kw}
-    del hyper["epochs"]
-    return task_learner(network, small_tasks(), schedule, **hyper, cbs=list(cbs), together=True)
+    hyper = {k: v for k, v in HYPER.items() if k != "epochs"}
+    return task_learner(network, small_tasks(), Schedule(schedule, together=True, **kw), **hyper, cbs=list(cbs))
 
 
 def test_multi_task_learning_keeps_the_contract(method):
@@ -323,6 +322,6 @@ def test_tasks_may_differ_in_their_number_of_classes(method):
 
 def test_all_methods_of_a_trial_see_the_same_draws(tmp_path):
     config = multitask_study(methods="STL HPS", trials=2, epochs=50, output_dir=str(tmp_path)).configs
-    draws = {(c.method, c.trial): tuple(c.task_of_epoch) for c in config}
+    draws = {(c.method, c.trial): tuple(c.full_schedule.tasks) for c in config}
     assert draws["STL", 0] == draws["HPS", 0] != draws["STL", 1]
-    assert set(multitask_schedule(5, 500)) == set(range(5))
+    assert set(multitask_schedule(5, 500).tasks) == set(range(5))

@@ -15,6 +15,7 @@ from dfcnn.methods.registry import build_network
 from dfcnn.methods.sharing import HPS
 from dfcnn.training.checkpoint import Checkpoint
 from dfcnn.training.learner import Callback, lifelong_learner, task_learner, train
+from dfcnn.training.schedule import Schedule
 from dfcnn.training.stacking import FastEpochs, StackedTrainer, train_together
 from dfcnn.experiments.studies import lifelong_study
 from dfcnn.vision import image_learner, load_learner
@@ -90,8 +91,8 @@ def test_a_graph_serves_all_epochs_of_a_task(monkeypatch):
 def test_graphs_of_tasks_that_take_turns(monkeypatch):
     def make():
         network = build_network("DF-CNN", "cifar100", length=2)
-        hyper = dict(lr=1e-4, decay=1.0, batch_size=10, together=True)
-        return task_learner(network, noise(0), [0, 1, 0, 0, 1], **hyper, device=pick_device("cuda"))
+        hyper = dict(lr=1e-4, decay=1.0, batch_size=10)
+        return task_learner(network, noise(0), Schedule([0, 1, 0, 0, 1], together=True), **hyper, device=pick_device("cuda"))
 
     as_steps_without_a_graph(make, monkeypatch)
 

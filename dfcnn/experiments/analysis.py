@@ -123,7 +123,7 @@ class KeepShared(FitCallback):
             self.keep()
 
     def after_epoch(self):
-        if self.task_ends:
+        if self.schedule.ends(self.epoch):
             self.keep()
             if self.path:
                 save_tensors(self.state_dict(), self.path)

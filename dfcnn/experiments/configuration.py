@@ -17,7 +17,7 @@ from ..data.binary import MultiTask
 from ..data.datasets import DATASETS
 from ..data.tasks import DataSet
 from ..methods.registry import METHODS
-from ..training.schedule import lifelong_schedule, multitask_schedule
+from ..training.schedule import Schedule, lifelong_schedule, multitask_schedule
 
 # %% auto #0
 __all__ = ['TRAINING', 'OWN_TRAINING', 'LATER', 'Training', 'training_of', 'RunConfig', 'scoring_interval', 'published']
@@ -101,11 +101,17 @@ def together(self: RunConfig) -> bool:
 
 
 @patch(as_prop=True)
-def task_of_epoch(self: RunConfig) -> list[int]:
-    "The task of every epoch, which is the same for all methods of a trial."
+def full_schedule(self: RunConfig) -> Schedule:
+    "Which task is trained in each epoch and which are scored after it; the same for all methods of a trial."
     if not self.together:
-        return lifelong_schedule(self.tasks, self.epochs)
-    return multitask_schedule(self.tasks, self.epochs, self.schedule, self.seed_of("schedule"))
+        return lifelong_schedule(self.tasks, self.epochs, self.eval_every, self.score_every)
+    return multitask_schedule(self.tasks, self.epochs, self.schedule, self.seed_of("schedule"), self.eval_every)
+
+
+@patch(as_prop=True)
+def own_score_every(self: RunConfig) -> int:
+    "Epochs between two scores of the task in hand."
+    return self.eval_every if self.together else self.score_every
 
 
 @patch
@@ -121,14 +127,11 @@ def seed_of(
 def learning(self: RunConfig) -> dict[str, Any]:
     "What `task_learner` is told by this configuration."
     return dict(
-        schedule=self.task_of_epoch,
-        together=self.together,
+        schedule=self.full_schedule,
         lr=self.lr,
         decay=self.decay,
         batch_size=self.batch_size,
         seed=self.seed_of("training"),
-        eval_every=self.eval_every,
-        score_every=self.score_every,
         loss=self.loss,
         mean_squares_restart=self.mean_squares_restart,
     )

@@ -18,11 +18,12 @@ from ..methods.base import LifelongNetwork
 from ..methods.deconvolutional import DFCNN
 from ..methods.expandable import DEN
 from ..methods.factorization import TwoStage, deconvolve, kernel_of
+from ..training.schedule import Schedule
 
 # %% auto #0
 __all__ = ['SHARED', 'OWN', 'INK', 'factorization_figure', 'sharing_of', 'reads_from', 'sharing_figure', 'stamps',
-           'stamps_figure', 'layer_filters', 'filters_figure', 'schedule_marks', 'schedule_figure', 'growth_blocks',
-           'growth_figure', 'matrix_drawing']
+           'stamps_figure', 'layer_filters', 'filters_figure', 'schedule_figure', 'growth_blocks', 'growth_figure',
+           'matrix_drawing']
 
 # %% ../../nbs/37_drawings.ipynb #2860dabf
 SHARED, OWN, INK = "#e69f00", "#4c8fc4", "#222222"  # colours that the colour-blind can tell apart
@@ -209,29 +210,8 @@ def filters_figure(
     return fig
 
 # %% ../../nbs/37_drawings.ipynb #8e4357b7
-def schedule_marks(
-    schedule: Sequence[int],  # task of each epoch
-    eval_every: int,
-    score_every: int = 1,
-    together: bool = False,
-) -> pd.DataFrame:  # epoch (so many are over), task, what is scored: "own", "all"
-    "The scores that a run takes after its epochs (see `23_evaluation`)."
-    marks, had = [], {}
-    for e, task in enumerate(schedule):
-        had[task] = had.get(task, 0) + 1
-        last = e + 1 == len(schedule)
-        ends = last or schedule[e + 1] != task
-        everything = (e + 1) % eval_every == 0 or last if together else ends or had[task] % eval_every == 0
-        if everything or not together and had[task] % score_every == 0:
-            marks.append((e + 1, task, "all" if everything else "own"))
-    return pd.DataFrame(marks, columns=["epoch", "task", "scored"])
-
-
 def schedule_figure(
-    schedules: dict[str, Sequence[int]],  # title -> task of each epoch
-    eval_every: int,
-    score_every: int = 1,
-    together: Sequence[str] = (),  # titles of those whose tasks are all there from the start
+    schedules: dict[str, Schedule],  # by their titles
 ) -> plt.Figure:
     "Strips of epochs with their scores."
     fig, axs = _page(9, 0.95 * len(schedules) + 0.3, 1)
@@ -239,12 +219,12 @@ def schedule_figure(
     longest = max(map(len, schedules.values()))
     for row, (title, schedule) in enumerate(schedules.items()):
         y = -1.6 * row
-        for e, task in enumerate(schedule):
+        for e, task in enumerate(schedule.tasks):
             ax.add_patch(Rectangle((e, y), 1, 0.7, facecolor=plt.cm.tab10(task % 10), edgecolor="white", lw=0.5))
-        for mark in schedule_marks(schedule, eval_every, score_every, title in together).itertuples():
-            ax.plot([mark.epoch] * 2, [y - 0.08, y - (0.5 if mark.scored == "all" else 0.25)], color=INK, lw=1)
+            if scored := schedule.scored(e):
+                ax.plot([e + 1] * 2, [y - 0.08, y - (0.5 if scored == "all" else 0.25)], color=INK, lw=1)
         ax.text(0, y + 0.78, title, ha="left", va="bottom", fontsize=8, color=INK)
-    tasks = sorted({t for s in schedules.values() for t in s})
+    tasks = sorted({t for s in schedules.values() for t in s.tasks})
     handles = [Rectangle((0, 0), 1, 1, color=plt.cm.tab10(t % 10)) for t in tasks]
     ax.legend(handles, [f"task {t + 1}" for t in tasks], fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
     ax.set(xlim=(0, longest), ylim=(-1.6 * (len(schedules) - 1) - 0.6, 1.2))

@@ -111,14 +111,14 @@ class ReportProgress(Callback):
         scored, n = self.learn.evaluate, len(self.learn.evaluate.eval_tasks)
         tests = [scored.latest[t, "test"][0] for t in range(n) if (t, "test") in scored.latest]
         task = self.learn.task
-        if scored.together:
+        if self.schedule.together:
             if len(tests) == n:
                 self.what = f": test error {1 - sum(tests) / n:.2%}"
             where, epochs, over = "", self.epoch + 1, self.epoch + 1 == self.n_epoch
         else:
             if (task, "test") in scored.latest:
                 self.what = f": test accuracy {scored.latest[task, 'test'][0]:.1%}"
-            where, epochs, over = f", task {task + 1} of {n}", self.task_epoch + 1, self.task_ends
+            where, epochs, over = f", task {task + 1} of {n}", self.task_epoch + 1, self.schedule.ends(self.epoch)
         self.done += 1
         if over:
             self.lines.append(f"{where}{self.what} after {epochs} epochs")
@@ -130,14 +130,14 @@ class ReportProgress(Callback):
             self.written = time.monotonic()
 
     def before_fit(self):
-        self.what = "" if self.learn.evaluate.eval_every else f" ({type(self.model).__name__} to start from)"
+        self.what = "" if self.schedule.eval_every else f" ({type(self.model).__name__} to start from)"
 
 # %% ../../nbs/34_engine.ipynb #145ceca8
 def epochs_of(
     config: RunConfig,  # of the run
 ) -> int:
     "Epochs of a run, with those of the networks that it starts from."
-    return len(config.task_of_epoch) * (2 if METHODS[config.method].network.starts_from else 1)
+    return len(config.full_schedule) * (2 if METHODS[config.method].network.starts_from else 1)
 
 
 def epochs_done(

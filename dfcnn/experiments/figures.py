@@ -169,7 +169,7 @@ def caption(
     whole = f"the {whose} of {c.epochs} epochs {per}" if c.epochs == paper.epochs else f"{c.epochs} epochs {per} (paper: {paper.epochs})"
     length = f"SHORT RUN: {c.short}" if c.short else whole
     few = "" if least >= paper.trials else f" (paper: {paper.trials})"
-    every = c.eval_every if c.together else c.score_every
+    every = c.own_score_every
     scored = "" if every == 1 else f", scored every {every} epochs ({'authors' if c.together else 'paper'}: every one)"
     other = "".join(f", {k} {v}" for k, v in c.stated.items() if k in LATER)
     other += f", tasks drawn {c.schedule}" * (c.together and c.schedule != "uniform")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Sequence
@@ -162,6 +162,17 @@ def _later_move_earlier(method: str, architecture: str) -> bool:
     return True
 
 
+@lru_cache
+def _tasks_scored(config: RunConfig) -> int:
+    "How many times a task is scored in a run, which is the same for all its trials."
+    again = config.together or _later_move_earlier(config.method, DATASETS[config.dataset].architecture)
+    schedule, scored = config.full_schedule, config.tasks  # before their first epochs
+    for epoch, task in enumerate(schedule.tasks):
+        due = schedule.scored(epoch)
+        scored += (config.tasks if config.together else task + 1) if due == "all" and again else bool(due)
+    return scored
+
+
 def hours_of(
     config: RunConfig,
     device: torch.device = torch.device("cpu"),  # that a step is timed on
@@ -171,13 +182,8 @@ def hours_of(
     train, valid, test = images_of_task(config.dataset)
     flops = lambda method, tasks: _flops(method, architecture, tasks, config.batch_size)
     step = step_seconds(architecture, config.batch_size, device) * flops(config.method, n) / flops("STL", 1)
-    epochs = len(config.task_of_epoch)
-    own = n if config.together else 1  # tasks that are scored each time
-    every = config.eval_every if config.together else config.score_every
-    scored = own * (1 + epochs // every)
-    if not config.together and _later_move_earlier(config.method, architecture):
-        scored += config.epochs // config.eval_every * n * (n - 1) // 2
-    images = epochs * (train - train % config.batch_size) + SCORED * scored * (valid + test)
+    scored = _tasks_scored(replace(config, trial=0, seed=0))
+    images = len(config.full_schedule) * (train - train % config.batch_size) + SCORED * scored * (valid + test)
     start = METHODS[config.method].network.starts_from  # whose networks are trained first
     return (1 + bool(start)) * images * step / config.batch_size / 3600
 

@@ -192,7 +192,7 @@ def _losses(config: RunConfig, images: Images) -> list[float]:
             network = build_network(config.method, DATASETS[config.dataset].architecture, length=config.tasks)
             if start := network.starts_from:
                 first = start(network.arch, 0, config.tasks)
-                train(task_learner(first, tasks, **config.learning | dict(eval_every=None)))
+                train(task_learner(first, tasks, **config.learning | dict(schedule=replace(config.full_schedule, eval_every=None))))
                 network.start_from(first)
             _probes[key] = train(task_learner(network, tasks, **config.learning)).loss.tolist()
     return _probes[key]

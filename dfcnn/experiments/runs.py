@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 import json
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, is_dataclass
+from dataclasses import asdict, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Sequence
 
@@ -126,7 +126,7 @@ def learner(
 @patch
 def pretraining(self: PendingRun) -> TaskLearner:
     "The Learner of the networks of another method, from which this one's start; it scores nothing."
-    return self.learner(self.first, Checkpoint, "pretraining.safetensors", eval_every=None)
+    return self.learner(self.first, Checkpoint, "pretraining.safetensors", schedule=replace(self.config.full_schedule, eval_every=None))
 
 
 @patch
@@ -156,7 +156,7 @@ def train_to_the_end(learners: Sequence[TaskLearner]) -> list[pd.DataFrame]:  # 
     "Train Learners as one; a `fit` that a callback has cancelled is an error here, since its record is not complete."
     histories = train_together(learners)
     for l in learners:
-        epochs = len(l.task_switch.schedule)
+        epochs = len(l.schedule)
         if l.epochs_done < epochs:
             raise RuntimeError(
                 f"A callback has ended the run after {l.epochs_done} of its {epochs} epochs. Its record stays"

@@ -136,7 +136,7 @@ def schedule_of(record: Record) -> str:
     paper, per = TRAINING[DATASETS[c.dataset].architecture].epochs, "in all" if c.together else "per task"
     whose = "authors'" if c.together else "paper's"  # App. C gives no number of epochs, the code does
     whole = f"the {whose} {c.epochs} epochs {per}" if c.epochs == paper else f"{c.epochs} epochs {per} (paper: {paper})"
-    every = c.eval_every if c.together else c.score_every
+    every = c.own_score_every
     return (c.short or whole) + f", scored every {every}" * (every > 1)
 
 

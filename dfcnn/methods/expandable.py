@@ -370,7 +370,7 @@ class GrowthStages(Callback):
         self.log: list[dict] = []  # what was done at the beginning of stages
 
     def before_fit(self):
-        self.epochs = Counter(self.task_switch.schedule)  # of each task
+        self.epochs = Counter(self.schedule.tasks)  # of each task
 
     def before_phase(self):
         self.trained = self.model.trains(self.learn.task)

@@ -78,7 +78,7 @@ def snapshot(learn: TaskLearner) -> dict[str, torch.Tensor]:
     "All that the next epoch depends on, between two epochs."
     state = {f"network/{k}": v for k, v in learn.model.state_dict().items()}
     names = {p: k for k, p in learn.model.named_parameters()}
-    later = set(learn.task_switch.schedule[learn.epoch + 1 :])
+    later = set(learn.schedule.tasks[learn.epoch + 1 :])
     for task in later & set(learn.optimizers):
         for p, values in optimizer_state(learn.optimizers[task]).items():
             state.update({f"optimizer/{task}/{names[p]}/{k}": torch.as_tensor(v) for k, v in values.items()})
@@ -102,9 +102,9 @@ def restore(
     network.load_state_dict(part("network/"))
     parameters, values = dict(network.named_parameters()), part("optimizer/")
     learn.optimizers = {}
-    for task in {int(k.split("/")[0]) for k in values} | {switch.schedule[epochs - 1]}:
+    for task in {int(k.split("/")[0]) for k in values} | {learn.schedule.tasks[epochs - 1]}:
         switch.turn_to(task)
-    switch.turn_to(switch.schedule[epochs - 1])
+    switch.turn_to(learn.schedule.tasks[epochs - 1])
     for k, v in values.items():
         task, name, what = k.split("/")
         p = parameters[name]
@@ -164,7 +164,7 @@ def after_create(self: Checkpoint):
 # %% ../../nbs/26_checkpoint.ipynb #1952408d
 @patch
 def after_epoch(self: Checkpoint):
-    over = self.task_ends and not self.task_switch.together or self.epoch + 1 == self.n_epoch
+    over = self.schedule.ends(self.epoch) and not self.schedule.together or self.epoch + 1 == self.n_epoch
     if over or time.monotonic() - self.saved >= self.every:
         self.save()
 

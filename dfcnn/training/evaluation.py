@@ -116,17 +116,11 @@ class Evaluate(FitCallback):
     order = 10
 
     def __init__(
-        self,
-        tasks: Sequence[Task],  # on the device
-        eval_every: int | None = 1,  # epochs between two scores of earlier tasks; None: nothing is scored
-        together: bool = False,  # score all tasks every `eval_every` epochs, and none in between
-        score_every: int = 1,  # epochs between two scores of the task in hand, where tasks come one by one
+        self, tasks: Sequence[Task]  # on the device
     ):
-        self.eval_tasks, self.eval_every, self.together = tasks, eval_every, together
-        self.score_every = score_every
+        self.eval_tasks = tasks
         self.scores: list[tuple] = []
         self.unread: list[PendingScore] = []
-        self.learned: set[int] = set()
         self.latest: dict[tuple[int, str], tuple[float, float]] = {}  # by task and split
 
     @property
@@ -146,7 +140,6 @@ class Evaluate(FitCallback):
         columns = {k: state[k].tolist() for k in HISTORY}
         columns["split"] = [SPLITS[i] for i in columns["split"]]
         self.scores = list(zip(*columns.values()))
-        self.learned = {task for task, split in zip(columns["trained"], columns["split"]) if split == "train"}
 
     @property
     def device(self) -> torch.device:
@@ -163,7 +156,7 @@ def evaluate(
     "Score `evaluated` tasks on their validation and test sets."
     self.model.eval()
     when = epoch, task_epoch, self.learn.task
-    for task in evaluated if self.eval_every else ():
+    for task in evaluated:
         for split in ("valid", "test"):
             data, start = getattr(self.eval_tasks[task], split), timestamp(self.device)
             sums = None if (task, split) in self.latest else count_correct(self.model, data, task)
@@ -274,31 +267,25 @@ def note_training(
 @patch
 def before_epoch(self: Evaluate):
     self.seen, self.unread = 0, []  # of this epoch, whoever cancels what
-    first = self.epoch == 0 if self.together else self.task_epoch == 0
-    now = self.epoch, 0, self.learn.task
+    schedule, now = self.schedule, (self.epoch, 0, self.learn.task)
+    first = schedule.eval_every and (self.epoch if schedule.together else self.task_epoch) == 0
     if first and all(score[:3] != now for score in self.scores):  # else it was broken off, and begins again
-        everything = range(len(self.eval_tasks)) if self.together else [self.learn.task]
         with torch.no_grad():
-            self.evaluate(self.epoch, 0, everything)
+            self.evaluate(self.epoch, 0, range(len(self.eval_tasks)) if schedule.together else [self.learn.task])
         self.read()
 
 
 @patch
 def before_validate(self: Evaluate):
-    done, now = self.task_epoch + 1, self.epoch + 1
-    self.learned.add(self.learn.task)
+    schedule, now, task = self.schedule, self.epoch + 1, self.learn.task
     self.outdate()
     if now == self.n_epoch:
         self.latest.clear()  # at the end all is measured, also what should not have changed
-    if self.together:
-        due = self.eval_every and (now % self.eval_every == 0 or now == self.n_epoch)
-        scored = range(len(self.eval_tasks)) if due else []
-    else:
-        due = self.eval_every and (self.task_ends or done % self.eval_every == 0)
-        scored = sorted(self.learned - {self.learn.task}) if due else []
-        if due or done % self.score_every == 0:
-            scored.append(self.learn.task)
-    self.evaluate(now, done, scored)
+    scored = [task] if (due := schedule.scored(self.epoch)) else []
+    if due == "all":
+        earlier = sorted(set(schedule.tasks[:now]) - {task})
+        scored = range(len(self.eval_tasks)) if schedule.together else [*earlier, task]
+    self.evaluate(now, self.task_epoch + 1, scored)
     if not hasattr(self.learn, "recorder"):
         raise CancelValidException()
 

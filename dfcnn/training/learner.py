@@ -21,7 +21,7 @@ from ..methods.base import LifelongNetwork
 from .batches import SeedEpochs, TaskBatches, on_device
 from .evaluation import Evaluate
 from .optimizer import RMSProp, gradient_scale, sum_cross_entropy
-from .schedule import FitCallback, InverseTimeDecay, RestartMeanSquares, TaskSwitch, lifelong_schedule
+from .schedule import FitCallback, InverseTimeDecay, RestartMeanSquares, Schedule, TaskSwitch, lifelong_schedule
 
 with warnings.catch_warnings():  # fastai 2.8 imports parts of torch that are about to go
     warnings.simplefilter("ignore")
@@ -80,7 +80,7 @@ class TaskLearner(Learner):
             raise BadInput("A Learner goes on by itself where it stopped: leave `start_epoch` at 0.")
         if (self.wd if wd is None else wd) is not None and "wd" not in self.opt.hypers[-1]:
             raise BadInput("The optimizer has no weight decay `wd`. Choose one by `opt_func`, such as fastai's Adam.")
-        left = len(self.task_switch.schedule) - self.epochs_done
+        left = len(self.schedule) - self.epochs_done
         n_epoch = left if n_epoch is None else n_epoch
         if (device := self.model.n_tasks.device).type == "cuda":
             torch.cuda.set_device(device)  # whose streams, events and graphs are meant from here on
@@ -100,7 +100,7 @@ class TaskLearner(Learner):
 @patch
 def refuse_callbacks(self: TaskLearner) -> None:
     "Refuse what would not do what it says."
-    trained = sorted({t + 1 for t in self.task_switch.schedule[self.epochs_done : self.n_epoch]})
+    trained = sorted({t + 1 for t in self.schedule.tasks[self.epochs_done : self.n_epoch]})
     for cb in self.cbs:
         if isinstance(cb, MixedPrecision) and self.dls.device.type != "cuda":
             raise BadInput("MixedPrecision does nothing on a CPU. Leave it out, or train on a GPU.")
@@ -116,8 +116,7 @@ def refuse_callbacks(self: TaskLearner) -> None:
 def check_tasks(
     network: LifelongNetwork,
     tasks: Sequence[Task],
-    schedule: Sequence[int],  # task of each epoch
-    together: bool,  # are all tasks there from the start?
+    schedule: Schedule,
     batch_size: int,  # images
 ) -> None:
     "Refuse tasks that the network cannot learn by this schedule."
@@ -126,13 +125,13 @@ def check_tasks(
             f"The network was built for {network.max_tasks} tasks, but {len(tasks)} are to be learned. Pass"
             " `length`."
         )
-    if network.in_sequence and (together or sorted(schedule) != list(schedule)):
+    if network.in_sequence and (schedule.together or sorted(schedule.tasks) != schedule.tasks):
         raise BadInput(
             f"{type(network).__name__} learns its tasks one after the other and cannot go back to an earlier"
             " one."
         )
     for i, t in enumerate(tasks):
-        if i in schedule and len(t.train.y) < batch_size:
+        if i in schedule.tasks and len(t.train.y) < batch_size:
             raise BadInput(
                 f"{t.name} has {len(t.train.y)} training images, fewer than one batch of {batch_size}."
             )
@@ -172,25 +171,21 @@ def paper_settings(
 def task_learner(
     network: LifelongNetwork,  # is trained in place, and moved to the device
     tasks: Sequence[Task],  # by their numbers in the schedule
-    schedule: Sequence[int],  # task of each epoch
+    schedule: Schedule,  # which task each epoch trains, and which are scored after it
     lr: float,  # of the first epoch
     decay: float,  # of the learning rate, per epoch
     batch_size: int,  # images
-    eval_every: int | None = 1,  # epochs between two scores of earlier tasks; None: nothing is scored
     seed: int = 0,  # of batches and dropout
     device: torch.device | str = "cpu",  # all images are moved there; a name is looked up by `pick_device`
     cbs: Sequence[Callback] = (),  # more callbacks
-    together: bool = False,  # are all tasks there from the start?
-    score_every: int = 1,  # epochs between two scores of the task in hand, where tasks come one by one
     loss: str = "sum",  # over a mini-batch, of which gradients are taken (authors' code), or "mean"
     mean_squares_restart: str = "task",  # RMSProp's begin at 1 with every task (authors' code), or with every "epoch"
     **learner,  # more settings of fastai's Learner: loss_func, opt_func, metrics, path, ...
 ) -> TaskLearner:  # `learn.evaluate.history` is the table of scores after `train(learn)`
     "A fastai Learner that learns `tasks` as the schedule says."
-    eval_every = None if eval_every is None else check_number("eval_every", eval_every, 1)
-    score_every, batch_size = check_number("score_every", score_every, 1), check_number("batch_size", batch_size, 1)
+    batch_size = check_number("batch_size", batch_size, 1)
     check_choice("mean_squares_restart", mean_squares_restart, ["task", "epoch"])
-    check_tasks(network, tasks, schedule, together, batch_size)
+    check_tasks(network, tasks, schedule, batch_size)
     device = pick_device(device) if isinstance(device, str) else device
     if device.type == "cpu":
         keep_memory()
@@ -202,10 +197,10 @@ def task_learner(
     callbacks = [
         TrainEval(),
         SeedEpochs(seed),
-        TaskSwitch(schedule, together),
+        TaskSwitch(schedule),
         InverseTimeDecay(decay),
         *[RestartMeanSquares()] * (mean_squares_restart == "epoch"),
-        Evaluate(tasks, eval_every, together, score_every),
+        Evaluate(tasks),
         *network.callbacks(),
         *cbs,
     ]
@@ -219,10 +214,13 @@ def lifelong_learner(
     lr: float,  # RMSProp's learning rate in the first epoch
     decay: float,  # of the learning rate, per epoch
     batch_size: int,  # images
+    eval_every: int | None = 1,  # epochs between two scores of all tasks so far; None: nothing is scored
+    score_every: int = 1,  # epochs between two scores of the task in hand
     **kwargs,  # of `task_learner`
 ) -> TaskLearner:
     "A fastai Learner that learns `tasks` one after the other, each for `epochs` epochs."
-    return task_learner(network, tasks, lifelong_schedule(len(tasks), epochs), lr=lr, decay=decay, batch_size=batch_size, **kwargs)
+    schedule = lifelong_schedule(len(tasks), epochs, eval_every, score_every)
+    return task_learner(network, tasks, schedule, lr=lr, decay=decay, batch_size=batch_size, **kwargs)
 
 
 def train(learn: TaskLearner) -> pd.DataFrame:  # the history

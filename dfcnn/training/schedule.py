@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Callable, Sequence
 
 import torch
 from fastcore.all import patch
 
-from ..core import BadInput, check_choice, stream
+from ..core import BadInput, check_choice, check_number, stream
 from .optimizer import inverse_time_decay
 
 with warnings.catch_warnings():  # fastai 2.8 imports parts of torch that are about to go
@@ -20,15 +22,67 @@ with warnings.catch_warnings():  # fastai 2.8 imports parts of torch that are ab
     from fastai.callback.core import Callback
 
 # %% auto #0
-__all__ = ['lifelong_schedule', 'multitask_schedule', 'FitCallback', 'TaskSwitch', 'InverseTimeDecay', 'RestartMeanSquares']
+__all__ = ['Schedule', 'lifelong_schedule', 'multitask_schedule', 'FitCallback', 'TaskSwitch', 'InverseTimeDecay',
+           'RestartMeanSquares']
+
+# %% ../../nbs/21_schedule.ipynb #c1d0a001
+@dataclass
+class Schedule:
+    "Which task is trained in each epoch of a run, and which tasks are scored after it."
+
+    tasks: Sequence[int]  # of each epoch, by their places in the sequence
+    together: bool = False  # are all tasks there from the start?
+    eval_every: int | None = 1  # epochs between two scores of all tasks so far; None: nothing is scored
+    score_every: int = 1  # epochs between two scores of the task in hand, where tasks come one by one
+
+    def __post_init__(self):
+        self.tasks = list(self.tasks)
+        self.eval_every = None if self.eval_every is None else check_number("eval_every", self.eval_every, 1)
+        self.score_every = check_number("score_every", self.score_every, 1)
+
+    def __len__(self) -> int:
+        return len(self.tasks)
+
+    @cached_property
+    def task_epochs(self) -> list[int]:
+        "For each epoch of the run, how many the same task has had before."
+        had: Counter[int] = Counter()
+        before = []
+        for task in self.tasks:
+            before.append(had[task])
+            had[task] += 1
+        return before
+
+    def ends(
+        self, epoch: int  # from 0
+    ) -> bool:
+        "Is the next epoch another task's, or nobody's?"
+        return self.tasks[epoch + 1 : epoch + 2] != [self.tasks[epoch]]
+
+# %% ../../nbs/21_schedule.ipynb #c1d0a004
+@patch
+def scored(
+    self: Schedule,
+    epoch: int,  # that is just over, from 0
+) -> str:  # "all": all tasks so far; "own": the task in hand alone; "": none
+    "Which tasks are scored after an epoch."
+    if self.eval_every is None:
+        return ""
+    done = 1 + (epoch if self.together else self.task_epochs[epoch])
+    over = epoch + 1 == len(self) if self.together else self.ends(epoch)
+    if over or done % self.eval_every == 0:
+        return "all"
+    return "own" if not self.together and done % self.score_every == 0 else ""
 
 # %% ../../nbs/21_schedule.ipynb #ff54d29a
 def lifelong_schedule(
     n_tasks: int,  # tasks 0, 1, 2, ...
     epochs: int,  # of each task
-) -> list[int]:  # task of each epoch
+    eval_every: int | None = 1,  # epochs between two scores of all tasks so far; None: nothing is scored
+    score_every: int = 1,  # epochs between two scores of the task in hand
+) -> Schedule:
     "One task at a time, in order, each for `epochs` epochs (App. B.1)."
-    return [task for task in range(n_tasks) for _ in range(epochs)]
+    return Schedule([task for task in range(n_tasks) for _ in range(epochs)], False, eval_every, score_every)
 
 # %% ../../nbs/21_schedule.ipynb #aeddddf6
 def multitask_schedule(
@@ -36,11 +90,14 @@ def multitask_schedule(
     epochs: int,  # of all tasks together
     draw: str = "uniform",  # at random (authors' code), or "round-robin" (App. B.1)
     seed: int = 0,  # of the random draw
-) -> list[int]:  # task of each epoch
+    eval_every: int | None = 1,  # epochs between two scores of all tasks; None: nothing is scored
+) -> Schedule:
     "A task for each epoch, when all tasks are there from the start."
     if check_choice("draw", draw, ["uniform", "round-robin"]) == "round-robin":
-        return [epoch % n_tasks for epoch in range(epochs)]
-    return torch.randint(n_tasks, (epochs,), generator=stream(seed, "schedule")).tolist()
+        tasks = [epoch % n_tasks for epoch in range(epochs)]
+    else:
+        tasks = torch.randint(n_tasks, (epochs,), generator=stream(seed, "schedule")).tolist()
+    return Schedule(tasks, True, eval_every)
 
 # %% ../../nbs/21_schedule.ipynb #010c4b2f
 class FitCallback(Callback):
@@ -50,28 +107,20 @@ class FitCallback(Callback):
 class TaskSwitch(FitCallback):
     """Turn to the task that the schedule names for each epoch (Algorithm 1).
 
-    Other callbacks read from the Learner: the `task` in hand, `task_epoch` (epochs that it has had before
-    this one), `task_ends` (whether the next epoch is another task's), and `epochs_done` (of the schedule). They are
-    told when a *phase*, in which the same parameters are trained, begins and ends, and when the network was altered in
-    between: `before_phase`, `after_phase`, `after_change`.
+    Other callbacks read from the Learner: the `schedule`, the `task` in hand, `task_epoch` (epochs that it has had
+    before this one), and `epochs_done` (of the schedule). They are told when a *phase*, in which the same parameters
+    are trained, begins and ends, and when the network was altered in between: `before_phase`, `after_phase`,
+    `after_change`.
     """
 
     order = -15  # before anything else looks at the task in hand
 
-    def __init__(
-        self,
-        schedule: Sequence[int],  # task of each epoch
-        together: bool = False,  # are all tasks there from the start?
-    ):
-        self.schedule, self.together, trained = list(schedule), together, Counter()
-        self.task_epochs = []  # for each epoch of the run, how many the same task has had before
-        for task in self.schedule:
-            self.task_epochs.append(trained[task])
-            trained[task] += 1
+    def __init__(self, schedule: Schedule):
+        self.given = schedule
 
     def after_create(self):
-        self.learn.optimizers, self.learn.task, self.learn.epochs_done = {}, None, 0
-        self.turn_to(self.schedule[0])
+        self.learn.schedule, self.learn.optimizers, self.learn.task, self.learn.epochs_done = self.given, {}, None, 0
+        self.turn_to(self.schedule.tasks[0])
 
     def before_fit(self):
         if self.n_epoch > len(self.schedule):
@@ -84,15 +133,14 @@ class TaskSwitch(FitCallback):
         self.learn("before_phase")
 
     def before_epoch(self):
-        task = self.schedule[self.epoch]
+        task = self.schedule.tasks[self.epoch]
         if task != self.learn.task:
             self.learn("after_phase")
             self.turn_to(task)
-            later = set(self.schedule[self.epoch :])
+            later = set(self.schedule.tasks[self.epoch :])
             self.learn.optimizers = {t: opt for t, opt in self.learn.optimizers.items() if t in later}
             self.learn("before_phase")
-        self.learn.task_epoch = self.task_epochs[self.epoch]
-        self.learn.task_ends = self.schedule[self.epoch + 1 : self.epoch + 2] != [task]
+        self.learn.task_epoch = self.schedule.task_epochs[self.epoch]
 
     def after_epoch(self):
         self.learn.epochs_done = self.epoch + 1
@@ -105,7 +153,7 @@ class TaskSwitch(FitCallback):
 def turn_to(self: TaskSwitch, task: int):
     "Make `task` the one that is trained."
     network = self.learn.model
-    there = len(self.dls.train.tasks) if self.together else task + 1  # whether or not the schedule names it
+    there = len(self.dls.train.tasks) if self.schedule.together else task + 1  # whether or not the schedule names it
     while len(network.tasks) < there:
         network.add_task(len(self.dls.train.tasks[len(network.tasks)].classes))
     trained = network.trains(task)

@@ -243,7 +243,7 @@ class Trainers:
     ) -> bool:
         "May a trainer be used again when there is one for `key`?"
         learn, (task, *others) = trainer.lead, key
-        comes_again = trainer.task != task and trainer.task in learn.task_switch.schedule[learn.epoch :]
+        comes_again = trainer.task != task and trainer.task in learn.schedule.tasks[learn.epoch :]
         apart = not set(trainer.learners) & set(others)
         return comes_again and len(trainer.learners) == len(others) == 1 or apart
 
