@@ -49,9 +49,9 @@ from dfcnn.experiments.verdicts import (
 # %% auto #0
 __all__ = ['PEAK', 'PEAK_OF_SEEN', 'SLOPE', 'MOST_CHANGED', 'EARLY_LOSS', 'LATE_CHANGE', 'FIRST_KEPT', 'BACKWARD', 'LATE_GAIN',
            'KEPT', 'SPEED', 'PEAK_AT', 'SECONDS', 'ERROR', 'POINTS', 'NOTHING', 'FIFTH', 'C', 'O', 'OTHERS', 'SIZED',
-           'DFS', 'MNIST', 'CIFAR', 'less', 'more', 'no_better', 'peak_of', 'kept_after', 'Claim', 'accuracy_claims',
-           'forgetting_claims', 'transfer_claims', 'cost_claims', 'home_claims', 'of_table', 'against',
-           'multitask_claims', 'claims', 'findings', 'command', 'scorecard']
+           'BOTH', 'DFS', 'MNIST', 'CIFAR', 'less', 'more', 'no_better', 'peak_of', 'kept_after', 'Claim',
+           'accuracy_claims', 'forgetting_claims', 'transfer_claims', 'cost_claims', 'home_claims', 'of_table',
+           'against', 'multitask_claims', 'claims', 'findings', 'command', 'scorecard']
 
 # %% ../../nbs/39_claims.ipynb #ee05a643
 def _mean(series: pd.Series, tasks: Sequence[int]) -> float:
@@ -256,11 +256,14 @@ def transfer_claims() -> list[Claim]:
     ]
 
 # %% ../../nbs/39_claims.ipynb #722f1718
+BOTH = "CIFAR-100, Office-Home"
+
+
 def cost_claims() -> list[Claim]:
     "How fast networks learn, how long that takes, and how large they are."
     return [
         Claim(
-            "S1", "Sec. 4.3", "both", "Fig. 3c, 5c",
+            "S1", "Sec. 4.3", BOTH, "Fig. 3c, 5c",
             "DF-CNN is at 98% of its best in less than half the epochs of any other.",
             (*[ratio(data, SPEED, "DF-CNN", o, below(0.5), full_length=True) for data in (C, O) for o in OTHERS],),
         ),
@@ -270,18 +273,18 @@ def cost_claims() -> list[Claim]:
             (ratio(C, SPEED, "HPS", "STL", above(1 - FIFTH), full_length=True),),
         ),
         Claim(
-            "S3", "App. D", "both", "Fig. 6a, 7a",
+            "S3", "App. D", BOTH, "Fig. 6a, 7a",
             "Single networks are best at the end of their training (in its last tenth).",
             (*[single(data, PEAK_AT, "STL", above(0.9), full_length=True) for data in (C, O)],),
         ),
         Claim(
-            "C1", "Sec. 4.3", "both", "Fig. 3a, 5a",
-            "ProgNN trains about twice as long as single networks (to a fifth).",
-            (*[ratio(data, SECONDS, "ProgNN", "STL", Rule(2 * (1 - FIFTH), 2 * (1 + FIFTH)), one_machine=True) for data in (C, O)],),
+            "C1", "Sec. 4.3", BOTH, "Fig. 3a, 5a",
+            "ProgNN trains about twice as long as single networks (a fifth less at least), or longer.",
+            (*[ratio(data, SECONDS, "ProgNN", "STL", above(2 * (1 - FIFTH)), one_machine=True) for data in (C, O)],),
         ),
         Claim(
-            "C2", "Fig. 3a, 5a", "both", "Fig. 4 to 7",
-            "The networks have the sizes that are printed (to 1%), where a size was not chosen to fit.",
+            "C2", "Fig. 3a, 5a", BOTH, "Fig. 4 to 7",
+            "The networks of the lifelong experiments have the sizes that are printed (to 1%), where a size was not chosen to fit.",
             (
                 *[Counted(data, m, within(1)) for data in ("CIFAR-100", "Office-Home") for m in SIZED],
                 Counted("CIFAR-100", "DF-CNN.tc2", within(1)),
@@ -310,6 +313,14 @@ def home_claims() -> list[Claim]:
             "O3", "App. D", "Office-Home", "Fig. 7b",
             "HPS gains where it has seen a task's classes in the other domain.",
             (difference(O, PEAK_OF_SEEN, "HPS", "STL", above(0)),),
+        ),
+        Claim(
+            "O4", "App. D", "Office-Home", "Fig. 7d",
+            "DF-CNN begins below single networks, and on the last tasks it is as good or better.",
+            (
+                difference(O, peak_of(1, 2, 3), "DF-CNN", "STL", below(0)),
+                difference(O, peak_of(8, 9, 10), "DF-CNN", "STL", above(-POINTS)),
+            ),
         ),
     ]
 
@@ -378,7 +389,7 @@ def multitask_claims() -> list[Claim]:
             (*of_table(CIFAR, [("TF", "STL")], above), *of_table(CIFAR, [("TF-distillation", "STL")], below)),
         ),
         Claim(
-            "M6", "App. C", "both", "Table 1, 2",
+            "M6", "App. C", "MNIST, CIFAR-10", "Table 1, 2",
             "DF-CNN.direct is mostly better than DF-CNN, and DF-CNN than DF-CNN.tc2.",
             (
                 *of_table(f"{MNIST} cifar10-heterogeneous", [("DF-CNN.direct", "DF-CNN")], less),

@@ -167,7 +167,7 @@ def caption(
     paper = TRAINING[DATASETS[c.dataset].architecture]
     whose = "authors' schedule" if c.together else "paper's schedule"  # App. C gives no number of epochs, the code does
     whole = f"the {whose} of {c.epochs} epochs {per}" if c.epochs == paper.epochs else f"{c.epochs} epochs {per} (paper: {paper.epochs})"
-    length = f"SHORT RUN: {c.short}" if c.short else whole
+    length = f"SHORT RUN: {c.short}" if c.short and c.epochs < paper.epochs else whole + f", but {c.short}" * bool(c.short)
     few = "" if least >= paper.trials else f" (paper: {paper.trials})"
     every = c.own_score_every
     scored = "" if every == 1 else f", scored every {every} epochs ({'authors' if c.together else 'paper'}: every one)"

@@ -94,11 +94,11 @@ PLAN = (
     Stage("Fig. 3, 4 and 6, the other methods", "P1 to P4, F1 to F6, T1 to T3, S1, C1", "cifar100", _REST, 2),
     Stage("Table 1, pairs", "M2, M6 in part", _MNIST[0], f"{_TABLE} TF-uniform", 3, "all"),
     Stage("Table 1, one against all", "M1, M6 in part", _MNIST[1], f"{_TABLE} TF-uniform", 3, "all"),
-    Stage("Fig. 5 and 7, the main methods", "O1 to O3, S1, S3 in part", "officehome", "STL HPS DF-CNN", 2),
+    Stage("Fig. 5 and 7, the main methods", "O1 to O4, S1, S3 in part", "officehome", "STL HPS DF-CNN", 2),
     Stage("Table 2, pairs", "M3 to M6 in part", _CIFAR10[0], f"{_TABLE} DF-CNN-reduced", 2, "all"),
     Stage("Table 2, one against all", "M3 to M6", _CIFAR10[1], "STL HPS TF TF-distillation DF-CNN DF-CNN.tc2 DF-CNN-reduced", 2, "all"),
     Stage("Fig. 3, 4 and 6, all trials", "narrower intervals", "cifar100", f"STL HPS DF-CNN {_REST}", 5),
-    Stage("Fig. 5 and 7, all", "O1 to O3, S1, S3, C1", "officehome", _HOME, 5),
+    Stage("Fig. 5 and 7, all", "O1 to O4, S1, S3, C1", "officehome", _HOME, 5),
     Stage("Table 1, all trials", "narrower intervals", _MNIST[0], f"{_TABLE} TF-uniform", 10, "all"),
     Stage("Table 1, one against all, all trials", "narrower intervals", _MNIST[1], f"{_TABLE} TF-uniform", 10, "all"),
     Stage("Table 2, pairs, all trials", "narrower intervals", _CIFAR10[0], f"{_TABLE} DF-CNN-reduced", 10, "all"),
@@ -277,7 +277,7 @@ def describe(self: Paper) -> str:  # Markdown
     left = sum(hours for _, _, hours, _, _ in self.rows)
     device, workers = self.engine.device, self.engine.workers
     where = f"on {device}, {workers} run{'s' * (workers > 1)} at a time"
-    lines = [f"All that is missing takes about **{float(f'{left:.1g}'):,g} hours** {where}."]
+    lines = [f"All that is missing takes about **{float(f'{left:.2g}'):,g} hours** {where}."]
     if self.hours:
         whole = [s.what for s, missing, _, when, _ in self.rows if when == "in the time" and missing]
         part = [s.what for s, _, _, when, _ in self.rows if when == "begun"]

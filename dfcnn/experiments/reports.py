@@ -122,7 +122,7 @@ def index(root: str | Path = "reports") -> str:  # Markdown
     lines = [
         "# Reports",
         "",
-        "`bash .ci/reports` draws the tables and figures from the records in these folders, and renders `paper`, `results` and `riddle`; nothing is written by hand. The other notebooks were rendered by their own commands, and the records of some are not kept here.",
+        "`bash .ci/reports` draws the tables and figures from the records in these folders, and renders `paper`, `results` and `riddle`; no table and no figure is made by hand. The other notebooks were rendered by their own commands, and the records of some are not kept here.",
         "A record is a folder with `config.json`, `history.csv` and `summary.json` (see `32_records`); its `config.json` says what made it. Networks are not kept. Tables and figures lie beside the records that they are drawn from, and `figures.csv` holds what is drawn in the figures.",
         "The images of CIFAR-100 are from a subset with 100 of its 500 training images per class, those of MNIST and CIFAR-10 from subsets as well (`results`); the whole sets give other draws.",
         "",
