@@ -107,12 +107,13 @@ def test_stacked_trials_are_those_that_are_trained_alone(method):
         agree(a, b, method, trial)
 
 
-def test_the_first_epoch_without_dropout_agrees_with_a_cpu():
-    learners = [learner("DF-CNN", device=device, dropout=0.0) for device in ("cpu", "cuda")]
+@pytest.mark.parametrize("method", ["DF-CNN", "DEN"])
+def test_the_first_epoch_without_dropout_agrees_with_a_cpu(method):
+    learners = [learner(method, device=device, dropout=0.0) for device in ("cpu", "cuda")]
     for l in learners:
         l.fit(1, cbs=FastEpochs())
     cpu, gpu = (list(l.model.cpu().tasks[0].parameters()) + l.model.shared() for l in learners)
-    start = build_network("DF-CNN", "cifar100", n_tasks=1)
+    start = build_network(method, "cifar100", n_tasks=1)
     for a, b, was in zip(cpu, gpu, list(start.tasks[0].parameters()) + start.shared()):
         assert (a - b).norm() <= 0.25 * (a - was).norm()
 
