@@ -469,7 +469,7 @@ def show_results(
 
 # %% ../nbs/50_vision.ipynb #7e672570
 FORMAT = 2  # of the folder
-OURS = "network-", "images-", "history-", "training.safetensors", "training-"  # how the names of a model's other files begin
+OURS = "network-", "images-", "history-", "training.safetensors", "training-previous", "training-foreign", "training-new"  # how the names of a model's other files begin
 
 
 def check_folder(folder: Path) -> None:

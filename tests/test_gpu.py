@@ -13,6 +13,7 @@ from dfcnn.data.tasks import Split, Task
 from dfcnn.methods.architectures import architecture_called
 from dfcnn.methods.registry import build_network
 from dfcnn.methods.sharing import HPS
+from dfcnn.training.audit import Audit
 from dfcnn.training.checkpoint import Checkpoint
 from dfcnn.training.learner import Callback, lifelong_learner, task_learner, train
 from dfcnn.training.schedule import Schedule
@@ -107,15 +108,22 @@ def test_stacked_trials_are_those_that_are_trained_alone(method):
         agree(a, b, method, trial)
 
 
-@pytest.mark.parametrize("method", ["DF-CNN", "DEN"])
-def test_the_first_epoch_without_dropout_agrees_with_a_cpu(method):
-    learners = [learner(method, device=device, dropout=0.0) for device in ("cpu", "cuda")]
+def test_the_first_epoch_without_dropout_agrees_with_a_cpu():
+    learners = [learner("DF-CNN", device=device, dropout=0.0) for device in ("cpu", "cuda")]
     for l in learners:
         l.fit(1, cbs=FastEpochs())
     cpu, gpu = (list(l.model.cpu().tasks[0].parameters()) + l.model.shared() for l in learners)
-    start = build_network(method, "cifar100", n_tasks=1)
-    for a, b, was in zip(cpu, gpu, list(start.tasks[0].parameters()) + start.shared()):
+    start = build_network("DF-CNN", "cifar100", n_tasks=1)
+    for a, b, was in zip(cpu, gpu, list(start.tasks[0].parameters()) + start.shared(), strict=True):
         assert (a - b).norm() <= 0.25 * (a - was).norm()
+
+
+def test_den_learns_batch_by_batch():
+    "Its stages look at single batches, and grow the network on the device."
+    learners = [learner("DEN", device=device, dropout=0.0, cbs=[Audit()]) for device in ("cpu", "cuda")]
+    cpu, gpu = (train(l).query("split == 'train'").loss.tolist() for l in learners)
+    assert len(cpu) == len(gpu) == 2 and abs(cpu[0] - gpu[0]) < 1e-2 * cpu[0]
+    assert all(l.audit.changed for l in learners)
 
 
 class NoWaiting(Callback):

@@ -137,7 +137,8 @@ def schedule_of(record: Record) -> str:
     whose = "authors'" if c.together else "paper's"  # App. C gives no number of epochs, the code does
     whole = f"the {whose} {c.epochs} epochs {per}" if c.epochs == paper else f"{c.epochs} epochs {per} (paper: {paper})"
     every = c.own_score_every
-    return (c.short or whole) + f", scored every {every}" * (every > 1)
+    length = c.short if c.epochs < paper and c.short else whole + f", but {c.short}" * bool(c.short)
+    return length + f", scored every {every}" * (every > 1)
 
 
 def doubts(values: Sequence[float], study: Sequence[Record]) -> list[str]:

@@ -279,7 +279,7 @@ def before_epoch(self: Evaluate):
 def before_validate(self: Evaluate):
     schedule, now, task = self.schedule, self.epoch + 1, self.learn.task
     self.outdate()
-    if now == self.n_epoch:
+    if now == len(schedule):
         self.latest.clear()  # at the end all is measured, also what should not have changed
     scored = [task] if (due := schedule.scored(self.epoch)) else []
     if due == "all":

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import warnings
 from contextlib import contextmanager
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Sequence
@@ -15,7 +16,7 @@ import pandas as pd
 import torch
 from fastcore.all import L, patch
 
-from ..core import BadInput, check_choice, check_number, drawing_gpus, keep_memory, pick_device
+from ..core import BadInput, brief, check_choice, check_number, drawing_gpus, keep_memory, pick_device
 from ..data.tasks import Task
 from ..methods.base import LifelongNetwork
 from .batches import SeedEpochs, TaskBatches, on_device
@@ -120,12 +121,14 @@ def check_tasks(
     batch_size: int,  # images
 ) -> None:
     "Refuse tasks that the network cannot learn by this schedule."
+    if not isinstance(schedule, Schedule):
+        raise BadInput(f"A schedule is a `Schedule`, but this is {brief(schedule)}. Pass `Schedule(tasks)` with the task of each epoch.")
     if len(tasks) > network.max_tasks:
         raise BadInput(
             f"The network was built for {network.max_tasks} tasks, but {len(tasks)} are to be learned. Pass"
             " `length`."
         )
-    if network.in_sequence and (schedule.together or sorted(schedule.tasks) != schedule.tasks):
+    if network.in_sequence and (schedule.together or sorted(schedule.tasks) != list(schedule.tasks)):
         raise BadInput(
             f"{type(network).__name__} learns its tasks one after the other and cannot go back to an earlier"
             " one."
@@ -183,6 +186,8 @@ def task_learner(
     **learner,  # more settings of fastai's Learner: loss_func, opt_func, metrics, path, ...
 ) -> TaskLearner:  # `learn.evaluate.history` is the table of scores after `train(learn)`
     "A fastai Learner that learns `tasks` as the schedule says."
+    if stray := sorted(learner.keys() & {f.name for f in fields(Schedule)}):
+        raise BadInput(f"{', '.join(f'`{k}`' for k in stray)}: that is a matter of the schedule. Pass `Schedule(tasks, {stray[0]}=...)`.")
     batch_size = check_number("batch_size", batch_size, 1)
     check_choice("mean_squares_restart", mean_squares_restart, ["task", "epoch"])
     check_tasks(network, tasks, schedule, batch_size)

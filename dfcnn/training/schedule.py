@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Callable, Sequence
 
@@ -26,19 +26,20 @@ __all__ = ['Schedule', 'lifelong_schedule', 'multitask_schedule', 'FitCallback',
            'RestartMeanSquares']
 
 # %% ../../nbs/21_schedule.ipynb #c1d0a001
-@dataclass
+@dataclass(frozen=True)
 class Schedule:
     "Which task is trained in each epoch of a run, and which tasks are scored after it."
 
-    tasks: Sequence[int]  # of each epoch, by their places in the sequence
+    tasks: Sequence[int] = field(repr=False)  # of each epoch, by their places in the sequence
     together: bool = False  # are all tasks there from the start?
-    eval_every: int | None = 1  # epochs between two scores of all tasks so far; None: nothing is scored
+    eval_every: int | None = 1  # epochs between two scores of all tasks; None: nothing is scored
     score_every: int = 1  # epochs between two scores of the task in hand, where tasks come one by one
 
     def __post_init__(self):
-        self.tasks = list(self.tasks)
-        self.eval_every = None if self.eval_every is None else check_number("eval_every", self.eval_every, 1)
-        self.score_every = check_number("score_every", self.score_every, 1)
+        object.__setattr__(self, "tasks", tuple(map(int, self.tasks)))
+        if self.eval_every is not None:
+            check_number("eval_every", self.eval_every, 1)
+        check_number("score_every", self.score_every, 1)
 
     def __len__(self) -> int:
         return len(self.tasks)
@@ -57,14 +58,14 @@ class Schedule:
         self, epoch: int  # from 0
     ) -> bool:
         "Is the next epoch another task's, or nobody's?"
-        return self.tasks[epoch + 1 : epoch + 2] != [self.tasks[epoch]]
+        return self.tasks[epoch + 1 : epoch + 2] != (self.tasks[epoch],)
 
 # %% ../../nbs/21_schedule.ipynb #c1d0a004
 @patch
 def scored(
     self: Schedule,
     epoch: int,  # that is just over, from 0
-) -> str:  # "all": all tasks so far; "own": the task in hand alone; "": none
+) -> str:  # "all" that are there; "own": the task in hand alone; "": none
     "Which tasks are scored after an epoch."
     if self.eval_every is None:
         return ""
