@@ -121,7 +121,9 @@ def test_mnist_shows_the_papers_errors(tmp_path, shared):
 def test_every_listed_claim_and_number_has_its_row(shared):
     lines = (shared / "paper/claims.md").read_text().splitlines()
     listed = [line.split("|")[1].strip() for line in lines if line.startswith("|")][2:]
-    assert scorecard([]).id.tolist() == listed and len(listed) > 20
+    ours = scorecard([]).id.tolist()
+    assert [i for i in ours if i in listed] == listed and len(listed) > 20
+    assert set(ours) - set(listed) == {"O4"}  # App. D says that of Office-Home, too
     assert target_table([]).source.tolist() == pd.read_csv(shared / "paper/targets.csv").source.tolist()
 
 
