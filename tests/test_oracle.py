@@ -201,7 +201,6 @@ def test_loss_and_gradients(setup):
 
 def test_updates(setup):
     net, z, shapes, batch, lr, decay = setup
-    sensitive = isinstance(net, TF)  # to rounding: the authors' code itself differs by 0.4% of the way between two runs
 
     def update(task, optimizer):
         net.zero_grad()
@@ -214,16 +213,16 @@ def test_updates(setup):
         update(0, first)
         if step != 2:
             values, trained = in_tf(net, shapes), in_tf(net, shapes, lambda p: p.grad)
-            assert compare(z, f"step{step}", values, 1e-3 if sensitive else 1e-4) == len(trained)
+            assert compare(z, f"step{step}", values) == len(trained)
             moved = {k: values[k] - before[k] for k in values}  # the way that was gone, not only where it led
             theirs = {k: z[f"step{step}/{k}"] - z[f"init/{k}"] for k in values if f"step{step}/{k}" in z}
+            rtol = 1e-2 if isinstance(net, TF) and step > 1 else 5e-3  # TF's later steps depend on rounding: 0.4% was seen
             for k, way in theirs.items():
-                assert_close(moved[k], way, f"way of {k} in {step} steps", 2e-2 if sensitive else 5e-3)
+                assert_close(moved[k], way, f"way of {k} in {step} steps", rtol)
     assert_close(
         F.cross_entropy(net(batch[0][0], 0), batch[0][1], reduction="none").detach(),
         z["loss/t0_vector_after_step3"],
         "loss",
-        1e-3 if sensitive else 1e-4,
     )
 
     if any(
@@ -235,8 +234,8 @@ def test_updates(setup):
             for k, v in in_tf(net, shapes, lambda p: p.grad).items()
             if any(f"t1grad/{k}{sampled}" in z for sampled in ("", "@idx4k", "@idx"))
         }
-        assert compare(z, "t1grad", shared, 1e-2 if sensitive else 1e-4) == len(shared) > 0
-        assert compare(z, "t1step", in_tf(net, shapes), 1e-3 if sensitive else 1e-4) == len(list(net.trains(1)))
+        assert compare(z, "t1grad", shared) == len(shared) > 0
+        assert compare(z, "t1step", in_tf(net, shapes)) == len(list(net.trains(1)))
 
 
 @pytest.mark.parametrize("setup", [k for k in SETUPS if k != "tf"], indirect=True)  # whose start is not the code's
