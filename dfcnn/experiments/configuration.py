@@ -166,6 +166,18 @@ def short(self: RunConfig) -> str:
     cut = [f"{self.epochs} of {paper.epochs} epochs {per}"] if self.epochs < paper.epochs else []
     return " and ".join(cut + ([f"{self.tasks} of {full} tasks"] if self.tasks < full else []))
 
+@patch(as_prop=True)
+def length(self: RunConfig) -> str:
+    "How long the run is, beside the paper's, in words."
+    data, short = DATASETS[self.dataset], self.short
+    per = "in all" if self.together else "per task"
+    paper = None if data.own else TRAINING[data.architecture].epochs
+    if data.own or self.epochs < paper:
+        return short or f"{self.epochs} epochs {per}"
+    whose = "authors'" if self.together else "paper's"  # App. C gives no number of epochs, the code does
+    whole = f"the {whose} {self.epochs} epochs {per}" if self.epochs == paper else f"{self.epochs} epochs {per} (paper: {paper})"
+    return whole + f", but {short}" * bool(short)
+
 # %% ../../nbs/31_configuration.ipynb #b1c0c002
 def scoring_interval(
     epochs: int,  # of a task

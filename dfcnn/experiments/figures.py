@@ -160,14 +160,11 @@ def caption(
         each[r.config.method].add(r.config.trial)
     least, trials = min(map(len, each.values())), max(map(len, each.values()))
     counted = f"{least} to {trials} trials" if least < trials else f"{trials} trial{'s' * (trials > 1)}"
-    per = "in all" if c.together else "per task"
     seed = f", seed {c.seed}" if c.seed else ""
     if DATASETS[c.dataset].own:
-        return f"{DATASETS[c.dataset].title}. {counted}, {c.epochs} epochs {per}{seed}."
+        return f"{DATASETS[c.dataset].title}. {counted}, {c.length}{seed}."
     paper = TRAINING[DATASETS[c.dataset].architecture]
-    whose = "authors' schedule" if c.together else "paper's schedule"  # App. C gives no number of epochs, the code does
-    whole = f"the {whose} of {c.epochs} epochs {per}" if c.epochs == paper.epochs else f"{c.epochs} epochs {per} (paper: {paper.epochs})"
-    length = f"SHORT RUN: {c.short}" if c.short and c.epochs < paper.epochs else whole + f", but {c.short}" * bool(c.short)
+    length = "SHORT RUN: " * (c.epochs < paper.epochs) + c.length
     few = "" if least >= paper.trials else f" (paper: {paper.trials})"
     every = c.own_score_every
     scored = "" if every == 1 else f", scored every {every} epochs ({'authors' if c.together else 'paper'}: every one)"

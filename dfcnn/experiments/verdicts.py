@@ -131,14 +131,9 @@ class Metric:
 
 # %% ../../nbs/38_verdicts.ipynb #1ff043ab
 def schedule_of(record: Record) -> str:
-    "How long a run was, beside the paper's."
-    c = record.config
-    paper, per = TRAINING[DATASETS[c.dataset].architecture].epochs, "in all" if c.together else "per task"
-    whose = "authors'" if c.together else "paper's"  # App. C gives no number of epochs, the code does
-    whole = f"the {whose} {c.epochs} epochs {per}" if c.epochs == paper else f"{c.epochs} epochs {per} (paper: {paper})"
-    every = c.own_score_every
-    length = c.short if c.epochs < paper and c.short else whole + f", but {c.short}" * bool(c.short)
-    return length + f", scored every {every}" * (every > 1)
+    "How long a run was, beside the paper's, and how often it was scored."
+    every = record.config.own_score_every
+    return record.config.length + f", scored every {every}" * (every > 1)
 
 
 def doubts(values: Sequence[float], study: Sequence[Record]) -> list[str]:
