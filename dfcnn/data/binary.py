@@ -149,7 +149,8 @@ def multitask_dataset(
     fraction = check_choice(f"fraction of {TITLES[source]}", fraction, fractions)
     split = dict(zip(("train", "valid", "test"), fractions[fraction]))
     pools = check_choice("pools", pools, POOLS)
-    shared, apart = (distribution == "homogeneous" and pools == p for p in POOLS)
+    one_vs_all = distribution == "homogeneous"
+    shared, apart = one_vs_all and pools == "shared", one_vs_all and pools == "independent"
     pool = {k: split[k] // 2 for k in ("train", "valid")}  # the true images of a task
     if source == "mnist":  # 1% of a class: of 5,500 and 500 images, by TensorFlow's split
         pool = {k: n * int(fraction.rstrip("%")) for k, n in (("train", 55), ("valid", 5))}

@@ -13,7 +13,7 @@ from typing import Callable, Sequence
 import torch
 from fastprogress import progress_bar
 
-from ..core import check_number, stream_seed
+from ..core import LARGEST, check_number, stream_seed
 from ..data.folders import Preparation
 from .learner import Callback
 
@@ -23,11 +23,20 @@ with warnings.catch_warnings():  # fastai 2.8 imports parts of torch that are ab
     from fastai.data.core import Pipeline
     from fastai.vision.core import TensorImage
 
-
 # %% auto #0
-__all__ = ['FitSettings', 'StopEarly', 'Augment', 'ShowEpochs']
+__all__ = ['LIMITS', 'FitSettings', 'StopEarly', 'Augment', 'ShowEpochs']
 
 # %% ../../nbs/28_callbacks.ipynb #6b4489c3
+LIMITS = {  # field of `FitSettings` -> smallest, largest, is it a whole number?
+    "epochs": (1, 1_000_000, True),
+    "patience": (0, 1_000_000, True),
+    "lr": (1e-9, 10, False),
+    "decay": (0, 1e3, False),
+    "batch_size": (1, 100_000, True),
+    "seed": (0, LARGEST, True),
+}
+
+
 @dataclass(frozen=True)
 class FitSettings:
     "How each task is trained."
@@ -40,8 +49,8 @@ class FitSettings:
     seed: int = 0  # of initial values, batches and dropout
 
     def __post_init__(self):
-        for name, low, high, whole in (("epochs", 1, 1_000_000, True), ("patience", 0, 1_000_000, True), ("batch_size", 1, 100_000, True), ("seed", 0, 2**63 - 1, True), ("lr", 1e-9, 10, False), ("decay", 0, 1e3, False)):
-            object.__setattr__(self, name, check_number(name, getattr(self, name), low, high, whole))
+        for name, limits in LIMITS.items():
+            object.__setattr__(self, name, check_number(name, getattr(self, name), *limits))
 
 # %% ../../nbs/28_callbacks.ipynb #990a42e3
 class StopEarly(Callback):
