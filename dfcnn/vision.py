@@ -9,6 +9,7 @@ import copy
 import hashlib
 import json
 import os
+import tempfile
 import warnings
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
@@ -21,7 +22,7 @@ import numpy as np
 import pandas as pd
 import torch
 from PIL import Image
-from fastcore.basics import patch
+from fastcore.all import L, patch
 from scipy import stats
 from torch import nn
 
@@ -30,6 +31,7 @@ from dfcnn.core import (
     BadInput,
     brief,
     check_choice,
+    check_number,
     check_path,
     pick_device,
     seeded,
@@ -59,8 +61,8 @@ with warnings.catch_warnings():  # fastai 2.8 imports parts of torch that are ab
 _all_ = ["DFCNN", "HPS", "STL", "OwnTasks", "aug_transforms", "tasks_from_datasets", "tasks_from_folder"]
 
 # %% auto #0
-__all__ = ['MODEL', 'FORMAT', 'OURS', 'cnn_layers', 'like', 'OneTask', 'recorded', 'plain_network', 'Learned', 'find_method',
-           'check_prepared', 'ImageLearner', 'image_learner', 'check_folder', 'learned_in', 'read_model',
+__all__ = ['MODEL', 'TRAINING', 'FORMAT', 'OURS', 'cnn_layers', 'like', 'OneTask', 'recorded', 'plain_network', 'Learned',
+           'find_method', 'check_prepared', 'ImageLearner', 'image_learner', 'check_folder', 'learned_in', 'read_model',
            'load_learner', 'compare', 'DFCNN', 'HPS', 'STL', 'OwnTasks', 'aug_transforms', 'tasks_from_datasets',
            'tasks_from_folder']
 
@@ -153,6 +155,7 @@ class Learned:
     epochs: int  # that it was trained
     seconds: float  # that training and scoring took
     correct: list[int | None]  # after it was learned: test images that were right of each task up to it; None: no images
+    content: str = ""  # checksum of its images and labels; models that were made before have none
 
 # %% ../nbs/50_vision.ipynb #34d5bd1e
 def find_method(method: str | type[LifelongNetwork]) -> Method:
@@ -239,6 +242,8 @@ def image_learner(
     "A model for a user's own tasks; `fit()` trains it."
     if not isinstance(tasks, OwnTasks):
         raise BadInput(f"Tasks come from `tasks_from_folder` or `tasks_from_datasets`, but these are a {type(tasks).__name__}.")
+    if not tasks:
+        raise BadInput("There are no tasks to learn.")
     method, prepare = find_method(method), tasks.prepare
     given = dict(epochs=epochs, patience=patience, lr=lr, decay=decay, batch_size=batch_size, seed=seed)
     settings = FitSettings(**{k: v for k, v in given.items() if v is not None})
@@ -255,14 +260,14 @@ def image_learner(
     return learn.go_on() if learn.folder and (learn.folder / MODEL).exists() else learn
 
 
-MODEL = "model.json"
+MODEL, TRAINING = "model.json", "training.safetensors"  # in the folder of a model: what it is, and the last checkpoint
 
 # %% ../nbs/50_vision.ipynb #2aad9af9
 @patch
 def fit(
     self: ImageLearner,
     epochs: int | None = None,  # at most, of each task; None: as the settings say
-    cbs: Sequence[Callback] = (),  # fastai's, of the training of each task
+    cbs: Callback | Sequence[Callback] = (),  # fastai's, of the training of each task
 ) -> ImageLearner:
     "Learn the tasks that are not learned yet, one after the other."
     if len(self.learned) == len(self.tasks) and not self.folder:  # with a folder the same lines may run again
@@ -270,6 +275,8 @@ def fit(
     settings = self.settings if epochs is None else replace(self.settings, epochs=epochs)
     while len(self.learned) < len(self.tasks):
         self.learn_next(settings, cbs)
+    if self.folder and learned_in(self.folder) != {t.name for t in self.learned}:  # it could not be written before
+        self.keep()
     return self
 
 
@@ -308,9 +315,8 @@ def learn_next(
     number = len(self.learned)
     task, s = self.tasks[number], settings or self.settings
     stages = bool(self.network.callbacks())
-    cbs = [*cbs, ShowEpochs(task.name), *([] if stages else [StopEarly(s.patience)])]
-    keep = self.checkpoint(task, s)
-    learn = self.learner(cbs + ([keep] if keep else []), s)
+    cbs = [*L(cbs), ShowEpochs(task.name), *([] if stages else [StopEarly(s.patience)])]
+    learn = self.learner([*cbs, *filter(None, [self.checkpoint(task, s)])], s)
     history = train_together([learn])[0].assign(task=task.name)
     before, self.network = self.network, learn.model.eval()
     try:
@@ -321,11 +327,27 @@ def learn_next(
     self.history = pd.concat([self.history, history], ignore_index=True) if len(self.history) else history
     sizes = [len(s.y) for s in (task.train, task.valid, task.test)]
     trained = history[history.split == "train"]
-    self.learned.append(Learned(task.name, task.classes, sizes, len(trained), float(history.seconds.sum()), correct))
+    self.learned.append(Learned(task.name, task.classes, sizes, len(trained), float(history.seconds.sum()), correct, self.content(task)))
     self.report()
     if self.folder:
-        self.export(self.folder)
-        keep.remove()
+        self.keep()
+
+
+@patch
+def keep(self: ImageLearner) -> None:
+    "Write the model to its folder, where a checkpoint is not needed then."
+    self.export(self.folder)
+    Checkpoint(self.folder / TRAINING).remove()
+
+
+@patch
+def content(
+    self: ImageLearner,
+    task: Task,
+) -> str:
+    "Checksum of a task's images, as pixels, and labels."
+    sets = dict(train=task.train, valid=task.valid, test=task.test)
+    return checksum({f"{name}.{k}": v for name, s in sets.items() for k, v in (("x", self.prepare.pixels(s.x)), ("y", s.y))}, {})
 
 
 @patch
@@ -377,11 +399,16 @@ def checkpoint(
     "Where the learning of a task is kept; None without a folder."
     if not self.folder:
         return None
-    self.folder.mkdir(parents=True, exist_ok=True)
-    about = dict(settings=json.dumps(asdict(settings)), known=json.dumps([asdict(t) for t in self.learned]), task=json.dumps([task.name, task.classes]), method=self.method.name)
+    try:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=self.folder):
+            pass
+    except OSError as e:
+        raise BadInput(f"Nothing can be written to '{self.folder}' ({e}). Choose another folder, or learn without one.") from e
+    about = dict(settings=json.dumps(asdict(settings)), known=json.dumps([asdict(t) for t in self.learned]), task=json.dumps([task.name, task.classes]), method=self.method.name, code=self.method.code)
     tensors = dict(x=task.train.x, y=task.train.y, **{f"network.{k}": v.cpu() for k, v in self.network.state_dict().items()})
     contiguous = {k: v.contiguous() for k, v in tensors.items()}
-    return Checkpoint(self.folder / "training.safetensors", every, checksum(contiguous, about))
+    return Checkpoint(self.folder / TRAINING, every, checksum(contiguous, about))
 
 # %% ../nbs/50_vision.ipynb #21f8cfdd
 @patch
@@ -394,7 +421,7 @@ def predict(
     array = isinstance(image, (np.ndarray, torch.Tensor))
     alone = isinstance(image, (str, bytes, bytearray, os.PathLike, Image.Image)) or hasattr(image, "read") or array and image.ndim < 4 and image.dtype != object
     images, one = ([image], True) if alone or not isinstance(image, Iterable) else (list(image), False)
-    names = [task] * len(images) if task is None or isinstance(task, str) else list(task)
+    names = [task] * len(images) if task is None or isinstance(task, str) or not isinstance(task, Iterable) else list(task)
     if len(names) != len(images):
         raise BadInput(f"There are {len(images)} images and {len(names)} tasks. Give one task, or one for each image.")
     places = [self.index(name) for name in names] or [self.index(task)]
@@ -440,7 +467,7 @@ def show_batch(
     split: str = "train",  # "train", "valid" or "test"
 ) -> plt.Figure:
     "Some images of a task; those to train on as augmentation changes them."
-    known = find_name(task, self.names)
+    known, n = find_name(task, self.names), check_number("n", n, 1, 10_000)
     data = getattr(self.tasks[known], check_choice("split", split, ["train", "valid", "test"]))
     if not len(data.y):
         raise BadInput(f"There are no {split} images of '{task}' here: a model keeps its test images alone.")
@@ -460,7 +487,7 @@ def show_results(
     n: int = 16,  # images, at most
 ) -> plt.Figure:
     "Test images of a task with what they are said to be; what is wrong comes first, in red, with what it is."
-    p, y = self.get_preds(task)
+    (p, y), n = self.get_preds(task), check_number("n", n, 1, 10_000)
     t, said = self.index(task), p.argmax(1)
     order = torch.argsort((said == y).long(), stable=True)[:n]
     name = self.learned[t].classes
@@ -469,7 +496,7 @@ def show_results(
 
 # %% ../nbs/50_vision.ipynb #7e672570
 FORMAT = 2  # of the folder
-OURS = "network-", "images-", "history-", "training.safetensors", "training-previous", "training-foreign", "training-new"  # how the names of a model's other files begin
+OURS = "network-", "images-", "history-", TRAINING, "training-previous", "training-foreign", "training-new"  # how the names of a model's other files begin
 
 
 def check_folder(folder: Path) -> None:
@@ -513,6 +540,7 @@ def export(
         format=FORMAT,
         dfcnn=dfcnn.__version__,
         method=self.method.name,
+        code=self.method.code,
         length=max(n, len(self.tasks)),
         seed=self.network.seed,
         architecture=asdict(self.network.arch),
@@ -581,11 +609,27 @@ def load_learner(
     if about["method"] not in METHODS:
         raise BadInput(f"This model's method {brief(about['method'])} is not listed in this process. List it by `registry.register`.")
     try:
-        return _build(about, folder, device, tfms, keep)
+        learn = _build(about, folder, device, tfms, keep)
+        if about.get("code", learn.method.code) != learn.method.code:
+            learn.compare_counts()
+        return learn
     except BadInput:
         raise
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as e:
         raise BadInput(f"'{folder}' does not fit together ({type(e).__name__}: {e}). Was it made by other code of its method?") from e
+
+
+@patch
+def compare_counts(self: ImageLearner) -> None:
+    "Say that the code of the method is another one; refuse it where it classifies test images otherwise."
+    now = [self.count(t) for t in range(len(self.learned))]
+    for task, before, after in zip(self.learned, self.learned[-1].correct, now):
+        if None not in (before, after) and before != after:
+            raise BadInput(
+                f"This model was made by other code of its method '{self.method.name}': of {task.images[2]} test images of '{task.name}'"
+                f" it classified {before} correctly then, and {after} now. Use the code that made it."
+            )
+    print(f"The code of '{self.method.name}' is not what it was when this model was made. As many test images are classified correctly as then.")
 
 
 def _build(about: dict[str, Any], folder: Path, device: torch.device, tfms: Sequence[Callable], keep: bool) -> ImageLearner:
@@ -617,7 +661,8 @@ def go_on(self: ImageLearner) -> ImageLearner:
     theirs = [(t.name, t.classes, t.images) for t in there.learned]
     same = [getattr(there, k) == getattr(self, k) for k in ("method", "prepare", "settings")]
     kept = all(not len(theirs.test.y) or torch.equal(theirs.test.x, mine.test.x) for theirs, mine in zip(there.tasks, self.tasks))
-    if mine[: len(theirs)] != theirs or not all(same) or not kept:
+    seen = all(of.content in ("", self.content(task)) for of, task in zip(there.learned, self.tasks))
+    if mine[: len(theirs)] != theirs or not all(same) or not kept or not seen:
         raise BadInput(
             f"'{self.folder}' holds a model of other tasks, images or settings ({', '.join(t.name for t in there.learned)} by"
             f" {there.method.title}). Choose another folder, or go on with it by `load_learner`."
@@ -634,7 +679,7 @@ def add_task(
     name: str | None = None,  # None: the folder's
     shares: dict[str, float] | None = None,  # of images to train, validate and test on
     epochs: int | None = None,  # at most
-    cbs: Sequence[Callback] = (),  # fastai's, of its training
+    cbs: Callback | Sequence[Callback] = (),  # fastai's, of its training
 ) -> ImageLearner:
     "Learn one more task, and say what that did to the others."
     if len(self.learned) < len(self.tasks):
@@ -651,7 +696,8 @@ def add_task(
     if not all(len(s.y) for s in (task.train, task.valid, task.test)):
         raise BadInput(f"Task '{task.name}' needs images to train, to validate and to test on, but one of these sets is empty.")
     if task.name in self.names:
-        raise BadInput(f"There is a task '{task.name}' already. Give the new one another `name`.")
+        unkept = self.folder and task.name not in learned_in(self.folder)
+        raise BadInput(f"There is a task '{task.name}' already. " + ("It is learned, and could not be kept: `fit()` keeps it." if unkept else "Give the new one another `name`."))
     self.network.check_classes(len(self.learned), len(task.classes))
     before, self.tasks = self.tasks, [*self.tasks, task]
     try:
@@ -660,7 +706,6 @@ def add_task(
         if len(self.learned) < len(self.tasks):  # else it is learned, and only keeping it failed
             self.tasks = before
         raise
-
 
 # %% ../nbs/50_vision.ipynb #4ac5c9ff
 @patch

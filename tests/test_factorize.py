@@ -8,6 +8,7 @@ import json
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 import torchvision
@@ -198,6 +199,48 @@ def test_a_frozen_layer_is_refused():
     net[0].requires_grad_(False)
     with pytest.raises(BadInput, match="'0.weight' is frozen"):
         factorize(net, head="10")
+
+
+class Centred(nn.Module):
+    "Keeps a running mean as many do: by putting a new tensor in the buffer's place."
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.fc = nn.Conv2d(3, 8, 3), nn.Linear(8, 5)
+        self.register_buffer("mean", torch.zeros(8))
+
+    def forward(self, x):
+        h = self.conv(x).relu().mean((2, 3))
+        if self.training:
+            self.mean = 0.9 * self.mean + 0.1 * h.detach().mean(0)
+        return self.fc(h - self.mean)
+
+
+def test_a_buffer_that_is_replaced_is_each_tasks_own():
+    net, x = two_tasks(Centred(), "fc"), torch.randn(4, 3, 8, 8, generator=stream(0))
+    one, two = (net.task_network(name).mean.clone() for name in net.names)
+    for _ in range(3):
+        step(net, net.names[0], x, 4)
+    assert (net.task_network(net.names[0]).mean - one).abs().max() > 0.01
+    assert torch.equal(net.task_network(net.names[1]).mean, two)
+    with torch.no_grad():
+        torch.testing.assert_close(net.eval()(x, net.names[0]), net.task_network(net.names[0])(x))
+
+
+def test_layers_that_a_copy_would_leave_behind_are_refused():
+    plain = Centred()
+    plain.stem = lambda x: plain.conv(x)
+    with pytest.raises(BadInput, match="'stem' is a function that holds on to layers"):
+        factorize(plain, head="fc")
+    with pytest.raises(BadInput, match="gradient checkpointing"):
+        factorize(torchvision.models.densenet121(weights=None, memory_efficient=True), head="classifier")
+
+
+def test_tasks_of_images_in_an_array():
+    net, x = two_tasks(Centred(), "fc").eval(), torch.randn(4, 3, 8, 8, generator=stream(0))
+    torch.testing.assert_close(net(x, np.array([0, 1, 1, 0])), net(x, [0, 1, 1, 0]))
+    with pytest.raises(BadInput, match="0 tasks are given for 0 images"):
+        net(x[:0], [])
 
 
 def test_a_budget_is_kept_where_nothing_is_factorized():

@@ -22,9 +22,10 @@ from PIL import Image
 from conftest import picture
 
 from dfcnn.core import BadInput
-from dfcnn.data.folders import task_from_folder, tasks_from_datasets, tasks_from_folder
+from dfcnn.data.folders import read_folder, task_from_folder, tasks_from_datasets, tasks_from_folder
 from dfcnn.data.datasets import DATASETS, list_dataset
-from dfcnn.methods.registry import METHODS
+from dfcnn.methods.registry import METHODS, register
+from dfcnn.methods.sharing import STL
 from dfcnn.experiments.figures import cost_table
 from dfcnn.experiments.studies import lifelong_study
 from dfcnn.training.learner import Callback
@@ -207,6 +208,23 @@ def test_a_model_that_cannot_be_kept_is_learned_all_the_same(photos, tmp_path, m
         learn.add_task(photos / "later/fruit")
     assert learn.names == [t.name for t in learn.learned] == ["birds", "tools", "fruit"]
     assert len(learn.retention()) == 3
+    monkeypatch.undo()  # there is room again
+    with pytest.raises(BadInput, match="could not be kept: `fit\\(\\)` keeps it"):
+        learn.add_task(photos / "later/fruit")
+    learn.fit()
+    assert load_learner(tmp_path / "m", "cpu").names == ["birds", "tools", "fruit"]
+    assert not list((tmp_path / "m").glob("training*"))
+
+
+def test_a_folder_that_takes_no_files_is_noticed_before_training(photos, tmp_path, monkeypatch):
+    def refused(*a, **kw):
+        raise PermissionError("Permission denied")
+
+    learn = image_learner(tasks_from_folder(photos / "photos", size=16), "STL", epochs=1, device="cpu", folder=tmp_path / "m")
+    monkeypatch.setattr("tempfile.TemporaryFile", refused)
+    with pytest.raises(BadInput, match="Nothing can be written to .*Permission denied"):
+        learn.fit()
+    assert not learn.learned and not list((tmp_path / "m").iterdir())
 
 
 def test_a_folder_that_is_no_path_is_refused(photos):
@@ -329,6 +347,76 @@ def test_other_test_images_are_not_taken_for_those_of_a_model(photos, tmp_path):
         Image.open(file).transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(file)
     with pytest.raises(BadInput, match="a model of other tasks, images or settings"):
         image_learner(tasks_from_folder(tmp_path / "photos", size=16), "STL", epochs=1, device="cpu", folder=tmp_path / "model")
+
+
+@pytest.mark.parametrize("split", ["train", "valid"])
+def test_corrected_labels_are_not_taken_for_those_of_a_model(photos, tmp_path, split):
+    tasks, how = tasks_from_folder(photos / "photos", size=16), dict(epochs=1, device="cpu", folder=tmp_path / "model")
+    image_learner(tasks, "STL", **how).fit()
+    assert len(image_learner(tasks, "STL", **how).learned) == 2
+    data = getattr(tasks[0], split)
+    tasks[0] = replace(tasks[0], **{split: data._replace(y=data.y.flip(0))})
+    with pytest.raises(BadInput, match="a model of other tasks, images or settings"):
+        image_learner(tasks, "STL", **how)
+
+
+class Forward(STL):
+    "A method of a user."
+
+
+class Backward(STL):
+    "The same, changed: its classes are counted from the other end."
+
+    def forward(self, x, task):
+        return super().forward(x, task).flip(1)
+
+
+def test_a_model_is_not_read_by_other_code_of_its_method(photos, tmp_path, capsys):
+    register("Mine", Forward)
+    try:
+        image_learner(tasks_from_folder(photos / "photos", size=16), "Mine", epochs=3, device="cpu", folder=tmp_path / "model").fit()
+        register("Mine", Backward)
+        with pytest.raises(BadInput, match="other code of its method 'Mine'.*Use the code that made it"):
+            load_learner(tmp_path / "model", "cpu")
+        register("Mine", type("Renamed", (Forward,), dict(__module__=__name__, note="changes nothing")))
+        assert "As many test images are classified correctly" not in capsys.readouterr().out
+        load_learner(tmp_path / "model", "cpu")
+        assert "As many test images are classified correctly" in capsys.readouterr().out
+    finally:
+        METHODS.pop("Mine")
+
+
+def test_files_that_change_places_are_read_again(tmp_path, monkeypatch):
+    "Files of one size and one date, as they come out of an archive."
+    monkeypatch.setenv("DFCNN_CACHE", str(tmp_path / "cache"))
+    for c, grey in (("a", 50), ("b", 200)):
+        (tmp_path / "photos/task" / c).mkdir(parents=True)
+        for i in range(4):
+            Image.new("L", (16, 16), grey).save(tmp_path / f"photos/task/{c}/{i}.bmp")
+    files = sorted((tmp_path / "photos").rglob("*.bmp"))
+    for f in files:
+        os.utime(f, (1e9, 1e9))
+    grey = lambda: [int(i.x[i.y == label].float().mean()) for i in [read_folder(tmp_path / "photos", 16)] for label in (0, 1)]
+    assert grey() == grey() == [50, 200]
+    for one, other in zip(files[:4], files[4:]):
+        one.rename(tmp_path / "between"), other.rename(one), (tmp_path / "between").rename(other)
+    assert grey() == [200, 50]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere names of files are text")
+def test_a_name_that_is_no_text_is_refused(photos, tmp_path):
+    for where in ("photos", "photos/birds"):
+        shutil.copytree(photos / "photos", tmp_path / "photos")
+        os.rename(tmp_path / where / sorted(os.listdir(tmp_path / where))[0], os.fsencode(tmp_path / where) + b"/caf\xe9")
+        with pytest.raises(BadInput, match="caf.*is not UTF-8. Rename it"):
+            tasks_from_folder(tmp_path / "photos", size=16)
+        shutil.rmtree(tmp_path / "photos")
+
+
+def test_images_in_a_list_and_labels_in_an_array():
+    images, labels = [np.full((20, 20, 3), 40 * i, "uint8") for i in range(6)], np.arange(6) % 2
+    (task,) = tasks_from_datasets({"few": (images, labels)}, size=16)
+    assert sum(len(s.y) for s in (task.train, task.valid, task.test)) == 6
 
 
 def test_a_folder_with_something_else_in_it_is_left_alone(photos, tmp_path):

@@ -47,6 +47,16 @@ def df_cnn_above(folder: str, method: str, what: str = PEAK) -> float:
     return float(differences(study(folder), what)["DF-CNN above it"][method].mean())
 
 
+def trials(folder: str, method: str) -> np.ndarray:
+    "How far DF-CNN is above a method after the last task, trial by trial."
+    return differences(study(folder), LAST)["DF-CNN above it"][method].to_numpy()
+
+
+def ends(folder: str) -> list[float]:
+    "Accuracy at the end of a task of all methods but DF-CNN.tc2."
+    return [100 * mean(folder, m, END) for m in {r.config.method for r in study(folder)} - {"DF-CNN.tc2"}]
+
+
 def after(folder: str, method: str, epochs: int) -> float:
     return 100 * mean(folder, method, lambda history: accuracy_by_epoch(history)[epochs])
 
@@ -107,6 +117,17 @@ SAID = {  # phrase -> the numbers in it, from the records
     "leads it by four points": lambda: [above_stl(SHORT, "DF-CNN-reduced")],
     "HPS keeps 86% of what its tasks had at their end, DEN 93%": lambda: [kept(SHORT, m) for m in ("HPS", "DEN")],
     "by half a point with every task": lambda: [(trend(SHORT, "HPS") + trend(SHORT, "DEN")) / 2],
+    # 200 epochs a task
+    "in three trials of six methods": lambda: [len({r.config.trial for r in study(LONG)}), len({r.config.method for r in study(LONG)})],
+    "a task is learned to 41 to 43% by all": lambda: [f(ends(LONG)) for f in (min, max)],
+    "In the peak DF-CNN is 0.2 points ahead": lambda: [df_cnn_above(LONG, "STL-large")],
+    "after the last task 0.4 points behind": lambda: [-df_cnn_above(LONG, "STL-large", LAST)],
+    "is two here, and one after the last task": lambda: [df_cnn_above(LONG, "STL"), df_cnn_above(LONG, "STL", LAST)],
+    "HPS then forgets a fifth": lambda: [1 - kept(LONG, "HPS") / 100],
+    "seven points behind DF-CNN in two trials": lambda: [np.median(trials(LONG, "HPS")), sum(trials(LONG, "HPS") < 7.5)],
+    "and thirteen in the": lambda: [max(trials(LONG, "HPS"))],
+    "ends half a point behind the full": lambda: [df_cnn_above(LONG, "DF-CNN-reduced", LAST)],
+    "stays twelve points behind single networks": lambda: [-above_stl(LONG, "DF-CNN.tc2", LAST)],
     # multi-task learning
     "STL and HPS have about a fifth fewer than the paper's": lambda: [1 - (errors("STL") + errors("HPS")) / 2],
     "DF-CNN has half as many again": lambda: [errors("DF-CNN") - 1],

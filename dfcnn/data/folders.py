@@ -30,9 +30,9 @@ from .tasks import DataSet, Split, Task, show_tasks
 
 # %% auto #0
 __all__ = ['PHOTO_SUFFIXES', 'PARTS', 'NOT_MEANT', 'WHOLE', 'EXPECTED', 'FITS', 'SHARES', 'OWN', 'FEW', 'UNEVEN', 'Photo',
-           'listing', 'photos_of_class', 'photos_of_task', 'photos_in', 'eight_bits', 'to_square', 'read_photo',
-           'as_images', 'read_all', 'left_out', 'read_photos', 'read_folder', 'check_shares', 'divide', 'Preparation',
-           'as_pixels', 'groups_of', 'OwnData', 'own_data', 'seen_in_training', 'find_name', 'OwnTasks',
+           'listing', 'name_of', 'photos_of_class', 'photos_of_task', 'photos_in', 'eight_bits', 'to_square',
+           'read_photo', 'as_images', 'read_all', 'left_out', 'read_photos', 'read_folder', 'check_shares', 'divide',
+           'Preparation', 'as_pixels', 'groups_of', 'OwnData', 'own_data', 'seen_in_training', 'find_name', 'OwnTasks',
            'tasks_from_images', 'tasks_from_folder', 'task_from_folder', 'items_of', 'is_pair', 'image_and_label',
            'as_label', 'parts_of', 'class_names', 'tasks_from_datasets']
 
@@ -65,6 +65,15 @@ def listing(folder: Path) -> tuple[list[Path], list[Path]]:
     return folders, [Path(e.path) for e in files]
 
 # %% ../../nbs/06_folders.ipynb #68dedd5c
+def name_of(folder: Path) -> str:
+    "The name of a folder, for a task or a class. Raises `BadInput` where it is no text."
+    try:
+        folder.name.encode()
+    except UnicodeEncodeError:
+        raise BadInput(f"The name of the folder {os.fsencode(folder)!r} is not UTF-8. Rename it.") from None
+    return composed(folder.name)
+
+
 def photos_of_class(
     task: str,  # its name
     part: str,  # "train", "valid", "test" or "all"
@@ -75,13 +84,13 @@ def photos_of_class(
     if not files or deeper:
         what = f"holds the folder '{deeper[0].name}' where images belong" if deeper else "holds no image"
         raise BadInput(f"'{folder}' {what}. {EXPECTED} Images end in {', '.join(sorted(PHOTO_SUFFIXES))}.")
-    return [Photo(task, part, composed(folder.name), f) for f in files]
+    return [Photo(task, part, name_of(folder), f) for f in files]
 
 
 def photos_of_task(folder: str | Path) -> list[Photo]:
     "The images of one task, whose classes may be divided into train, valid and test."
     given, folder = folder, check_path("folder", folder)
-    name = composed(Path(os.path.abspath(Path(given).expanduser())).name)  # as the user calls it, wherever a link leads
+    name = name_of(Path(os.path.abspath(Path(given).expanduser())))  # as the user calls it, wherever a link leads
     if not folder.is_dir():
         raise BadInput(f"'{folder}' is no folder. {EXPECTED}")
     classes, files = listing(folder)
@@ -241,13 +250,13 @@ def read_photos(
 ) -> Images:
     "Decode images, or take what was kept of them."
     size, fit = check_number("size", size, 8, 512), check_choice("fit", fit, FITS)
-    h = hashlib.sha256(f"1/{size}/{fit}/{channels}".encode())  # 1: version of what is kept
+    h = hashlib.sha256(f"2/{size}/{fit}/{channels}".encode())  # 2: version of what is kept
     for p in photos:
         try:
             stat = p.path.stat()
         except OSError as e:
             raise BadInput(f"Image '{p.path}' cannot be read ({e}). Replace it or take it away.") from e
-        h.update(os.fsencode(p.path) + f"/{p[:3]}/{stat.st_size}/{stat.st_mtime_ns}".encode())
+        h.update(os.fsencode(p.path) + f"/{p[:3]}/{stat.st_size}/{stat.st_mtime_ns}/{stat.st_ctime_ns}".encode())  # files that change places keep their date
     if said := left_out(photos):
         print(said)
     key = f"folders-{h.hexdigest()[:16]}"
@@ -580,6 +589,8 @@ def is_pair(source: Any) -> bool:
     if all(hasattr(part, "shape") for part in source):
         return True
     labels = source[1]
+    if isinstance(source[0], (list, tuple)) and getattr(labels, "ndim", 0) == 1:
+        return True
     return isinstance(labels, (list, tuple)) and all(isinstance(label, (int, np.integer)) for label in labels)
 
 
@@ -628,7 +639,6 @@ def class_names(
             f"The data sets of task '{task}' number their classes differently: {brief(named[0])} and {brief(differs)}. Give all of them the same `classes`."
         )
     return named[0] if named else None
-
 
 # %% ../../nbs/06_folders.ipynb #40e72af6
 def tasks_from_datasets(

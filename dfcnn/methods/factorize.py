@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from operator import index
 from threading import RLock
 from typing import Any, Sequence
 
+import numpy as np
 import pandas as pd
 import torch
 from fastcore.basics import patch
@@ -29,9 +30,9 @@ from .factorization import TwoStage, deconvolve, new_knowledge_base
 # %% auto #0
 __all__ = ['ROLES', 'Layer', 'fits', 'tensors_of', 'layers_with_tensors', 'roles_of', 'check_convolution', 'check_left_alone',
            'check_network', 'head_layer', 'allot', 'Plan', 'plan_for', 'layer_of', 'given_sizes', 'sizes_within_budget',
-           'emptied', 'Tensors', 'Form', 'forget_counters', 'FactorizedNetwork', 'uncast', 'deconvolution_matrix',
-           'best_transform', 'best_knowledge_base', 'fit_filters', 'factorize', 'NetworkMethod', 'check_images',
-           'STLResNet18', 'HPSResNet18', 'DFResNet18']
+           'emptied', 'Tensors', 'Form', 'forget_counters', 'FactorizedNetwork', 'uncast', 'put_back',
+           'deconvolution_matrix', 'best_transform', 'best_knowledge_base', 'fit_filters', 'factorize', 'NetworkMethod',
+           'check_images', 'STLResNet18', 'HPSResNet18', 'DFResNet18']
 
 # %% ../../nbs/18_factorize.ipynb #940a8f00
 @dataclass(frozen=True)
@@ -145,6 +146,13 @@ def check_network(net: nn.Module) -> None:
     for name, module in net.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
             raise BadInput(f"{repr(name) if name else 'The network'} is compiled by torch.jit. Pass the Python network.")
+        for attribute, value in vars(module).items():
+            where = f"{name}.{attribute}".lstrip(".")
+            cells = getattr(value, "__closure__", None) or ()
+            if any(isinstance(c.cell_contents, (nn.Module, torch.Tensor)) for c in cells):
+                raise BadInput(f"'{where}' is a function that holds on to layers or tensors, which a copy of the network would not copy. Make it a method.")
+            if attribute in ("memory_efficient", "grad_checkpointing", "gradient_checkpointing") and value is True:
+                raise BadInput(f"'{where}' is on: gradient checkpointing computes layers again when their filters are gone. Build the network without it.")
     known: dict[int, str] = {}
     for name, p in net.named_parameters(remove_duplicate=False):
         if is_lazy(p):
@@ -375,7 +383,7 @@ def add_task(
     classes: int | None = None,  # None: as many as the architecture has outputs
 ) -> None:
     "Make ready for one more task, on the device where the rest is."
-    if isinstance(name, int) and classes is None:
+    if isinstance(name, (int, np.integer)) and classes is None:
         name, classes = None, name
     name = f"task {len(self.tasks) + 1}" if name is None else name
     if not isinstance(name, str) or not name or name in self.names:
@@ -514,10 +522,31 @@ def forward(
     task: int | str | Sequence[int | str] | torch.Tensor,  # place or name of a task, or one for each image
 ) -> torch.Tensor:  # logits (n, classes)
     "Logits of one task, or for each image those of its task, filled up with -inf where another task has more classes."
-    if isinstance(task, (list, tuple)) or isinstance(task, torch.Tensor) and task.dim():
+    if isinstance(task, (list, tuple)) or isinstance(task, (np.ndarray, torch.Tensor)) and task.ndim:
         return self.forward_each(x, [self.index_of(t) for t in task])
     with nullcontext() if torch.compiler.is_compiling() else self.lock:
-        return functional_call(self.form, self.tensors(self.index_of(task)), (x,))
+        lent = self.tensors(self.index_of(task))
+        if not self.training or torch.compiler.is_compiling():
+            return functional_call(self.form, lent, (x,))
+        with put_back(self.form, lent):
+            return functional_call(self.form, lent, (x,))
+
+
+@contextmanager
+def put_back(form: nn.Module, lent: dict[str, torch.Tensor]):
+    "A context in which buffers that `form` replaces in its forward pass, and does not change in place, keep their new values."
+
+    @torch.no_grad()
+    def copy_back(*_):
+        for name, value in form.named_buffers(remove_duplicate=False):
+            if value is not lent.get(name, value):
+                lent[name].copy_(value)
+
+    hook = form.register_forward_hook(copy_back)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 @patch
@@ -527,7 +556,7 @@ def forward_each(
     tasks: list[int],  # place of each image's task in the network
 ) -> torch.Tensor:  # (n, classes), filled up with -inf where another of the tasks has more classes
     "Logits of images of several tasks, task by task. Raises `BadInput` where there is not one task for each image."
-    if len(tasks) != len(x):
+    if len(tasks) != len(x) or not tasks:
         raise BadInput(f"{len(tasks)} tasks are given for {len(x)} images. Give one for each image, or one for all.")
     of = torch.tensor(tasks, device=x.device)
     places, parts = [], []

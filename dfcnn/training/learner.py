@@ -82,7 +82,7 @@ class TaskLearner(Learner):
         if (self.wd if wd is None else wd) is not None and "wd" not in self.opt.hypers[-1]:
             raise BadInput("The optimizer has no weight decay `wd`. Choose one by `opt_func`, such as fastai's Adam.")
         left = len(self.schedule) - self.epochs_done
-        n_epoch = left if n_epoch is None else n_epoch
+        n_epoch = left if n_epoch is None else check_number("n_epoch", n_epoch, 0)
         if (device := self.model.n_tasks.device).type == "cuda":
             torch.cuda.set_device(device)  # whose streams, events and graphs are meant from here on
         super().fit(self.epochs_done + n_epoch, lr, wd, cbs, reset_opt)
