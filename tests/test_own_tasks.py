@@ -413,6 +413,16 @@ def test_a_name_that_is_no_text_is_refused(photos, tmp_path):
         shutil.rmtree(tmp_path / "photos")
 
 
+def test_odd_images_are_read_or_refused(photos, tmp_path):
+    prepare = tasks_from_folder(photos / "photos", size=16).prepare
+    x = torch.rand(3, 16, 16).bfloat16()
+    assert torch.equal(prepare(x), prepare(x.float()))
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), "uint8")).save(tmp_path / "whole.png")
+    (tmp_path / "half.png").write_bytes((tmp_path / "whole.png").read_bytes()[:4000])
+    with pytest.raises(BadInput, match="The image cannot be read"), Image.open(tmp_path / "half.png") as image:
+        prepare(image)
+
+
 def test_images_in_a_list_and_labels_in_an_array():
     images, labels = [np.full((20, 20, 3), 40 * i, "uint8") for i in range(6)], np.arange(6) % 2
     (task,) = tasks_from_datasets({"few": (images, labels)}, size=16)

@@ -355,12 +355,18 @@ def as_pixels(
             raise BadInput(f"There is no image '{image}' (looked in '{found.parent}').")
         return read_photo(found, size, fit)
     if isinstance(image, Image.Image):
-        return np.asarray(to_square(eight_bits(ImageOps.exif_transpose(image), "in memory"), size, fit)).transpose(2, 0, 1).copy()
+        try:
+            return np.asarray(to_square(eight_bits(ImageOps.exif_transpose(image), "in memory"), size, fit)).transpose(2, 0, 1).copy()
+        except OSError as e:  # of a file that was opened, and is read only now
+            raise BadInput(f"The image cannot be read ({e}).") from e
     if isinstance(image, (bytes, bytearray)) or hasattr(image, "read"):  # as it comes from the web
         return read_photo(bytes(image.read() if hasattr(image, "read") else image), size, fit)
     if not isinstance(image, (np.ndarray, torch.Tensor)):
         raise BadInput(f"An image is a path, a PIL image, an array or a tensor, but this is a {type(image).__name__}.")
-    x = image.detach().cpu().numpy() if isinstance(image, torch.Tensor) else image
+    if isinstance(image, torch.Tensor):
+        image = image.detach().cpu()
+        image = image.float() if image.dtype == torch.bfloat16 else image  # which numpy does not have
+    x = np.asarray(image)
     x = x.transpose(1, 2, 0) if isinstance(image, torch.Tensor) and x.ndim == 3 else x
     x = x if x.ndim == 3 else x[..., None]
     if x.ndim != 3 or x.shape[2] not in (1, 3, 4) or not x.size:
