@@ -622,14 +622,15 @@ def load_learner(
 @patch
 def compare_counts(self: ImageLearner) -> None:
     "Say that the code of the method is another one; refuse it where it classifies test images otherwise."
-    now = [self.count(t) for t in range(len(self.learned))]
-    for task, before, after in zip(self.learned, self.learned[-1].correct, now):
-        if None not in (before, after) and before != after:
+    counted = [(task, was, now) for t, (task, was) in enumerate(zip(self.learned, self.learned[-1].correct)) if None not in (was, now := self.count(t))]
+    for task, was, now in counted:
+        if was != now:
             raise BadInput(
                 f"This model was made by other code of its method '{self.method.name}': of {task.images[2]} test images of '{task.name}'"
-                f" it classified {before} correctly then, and {after} now. Use the code that made it."
+                f" it classified {was} correctly then, and {now} now. Use the code that made it."
             )
-    print(f"The code of '{self.method.name}' is not what it was when this model was made. As many test images are classified correctly as then.")
+    same = "As many test images are classified correctly as then." if counted else "There are no test images here to tell what that changes."
+    print(f"The code of '{self.method.name}' is not what it was when this model was made. {same}")
 
 
 def _build(about: dict[str, Any], folder: Path, device: torch.device, tfms: Sequence[Callable], keep: bool) -> ImageLearner:

@@ -380,8 +380,11 @@ def test_a_model_is_not_read_by_other_code_of_its_method(photos, tmp_path, capsy
             load_learner(tmp_path / "model", "cpu")
         register("Mine", type("Renamed", (Forward,), dict(__module__=__name__, note="changes nothing")))
         assert "As many test images are classified correctly" not in capsys.readouterr().out
-        load_learner(tmp_path / "model", "cpu")
+        load_learner(tmp_path / "model", "cpu").export(tmp_path / "bare", images=False)
         assert "As many test images are classified correctly" in capsys.readouterr().out
+        register("Mine", Backward)
+        load_learner(tmp_path / "bare", "cpu")
+        assert "no test images here to tell" in capsys.readouterr().out
     finally:
         METHODS.pop("Mine")
 

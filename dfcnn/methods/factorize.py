@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import inspect
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -148,8 +149,8 @@ def check_network(net: nn.Module) -> None:
             raise BadInput(f"{repr(name) if name else 'The network'} is compiled by torch.jit. Pass the Python network.")
         for attribute, value in vars(module).items():
             where = f"{name}.{attribute}".lstrip(".")
-            cells = getattr(value, "__closure__", None) or ()
-            if any(isinstance(c.cell_contents, (nn.Module, torch.Tensor)) for c in cells):
+            holds = inspect.getclosurevars(value).nonlocals.values() if inspect.isfunction(value) else ()
+            if any(isinstance(v, (nn.Module, torch.Tensor)) for v in holds):
                 raise BadInput(f"'{where}' is a function that holds on to layers or tensors, which a copy of the network would not copy. Make it a method.")
             if attribute in ("memory_efficient", "grad_checkpointing", "gradient_checkpointing") and value is True:
                 raise BadInput(f"'{where}' is on: gradient checkpointing computes layers again when their filters are gone. Build the network without it.")
