@@ -204,7 +204,7 @@ class ImageLearner:
         tfms: Sequence[Callable] = (),  # fastai's batch transforms, in training
     ):
         self.network, self.method, self.tasks, self.prepare = network, method, list(tasks), prepare
-        self.settings, self.device, self.tfms = settings, torch.device(device), list(tfms)
+        self.settings, self.device, self.tfms = settings, torch.device(device), list(L(tfms))
         self.folder = None if folder is None else check_path("folder", folder)
         self.learned: list[Learned] = []
         self.history = pd.DataFrame(columns=[*HISTORY, "task"])  # scores of every epoch
@@ -405,10 +405,9 @@ def checkpoint(
             pass
     except OSError as e:
         raise BadInput(f"Nothing can be written to '{self.folder}' ({e}). Choose another folder, or learn without one.") from e
-    about = dict(settings=json.dumps(asdict(settings)), known=json.dumps([asdict(t) for t in self.learned]), task=json.dumps([task.name, task.classes]), method=self.method.name, code=self.method.code)
-    tensors = dict(x=task.train.x, y=task.train.y, **{f"network.{k}": v.cpu() for k, v in self.network.state_dict().items()})
-    contiguous = {k: v.contiguous() for k, v in tensors.items()}
-    return Checkpoint(self.folder / TRAINING, every, checksum(contiguous, about))
+    about = dict(settings=json.dumps(asdict(settings)), known=json.dumps([asdict(t) for t in self.learned]), task=json.dumps([task.name, task.classes]), method=self.method.name, code=self.method.code, content=self.content(task))
+    network = {k: v.cpu().contiguous() for k, v in self.network.state_dict().items()}
+    return Checkpoint(self.folder / TRAINING, every, checksum(network, about))
 
 # %% ../nbs/50_vision.ipynb #21f8cfdd
 @patch

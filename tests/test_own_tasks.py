@@ -349,6 +349,26 @@ def test_other_test_images_are_not_taken_for_those_of_a_model(photos, tmp_path):
         image_learner(tasks_from_folder(tmp_path / "photos", size=16), "STL", epochs=1, device="cpu", folder=tmp_path / "model")
 
 
+@pytest.mark.parametrize("split", ["train", "valid", "test"])
+def test_a_task_that_was_interrupted_begins_again_with_other_labels(photos, tmp_path, capsys, split):
+    tasks, how = tasks_from_folder(photos / "photos", size=16)[:1], dict(epochs=3, device="cpu", folder=tmp_path / "model")
+
+    class Interrupt(Callback):
+        def after_epoch(self):
+            if self.epoch == 1:
+                raise KeyboardInterrupt
+
+    learn = image_learner(tasks, "STL", **how)
+    keep_at_once = learn.checkpoint
+    learn.checkpoint = lambda *of: keep_at_once(*of, every=0)
+    with pytest.raises(KeyboardInterrupt):
+        learn.fit(cbs=Interrupt())
+    data = getattr(tasks[0], split)
+    tasks[0] = replace(tasks[0], **{split: data._replace(y=data.y.flip(0))})
+    assert image_learner(tasks, "STL", **how).fit().learned[0].epochs == 3
+    assert "was made by another configuration, other images" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("split", ["train", "valid"])
 def test_corrected_labels_are_not_taken_for_those_of_a_model(photos, tmp_path, split):
     tasks, how = tasks_from_folder(photos / "photos", size=16), dict(epochs=1, device="cpu", folder=tmp_path / "model")
