@@ -358,8 +358,8 @@ def logits(
     task: int,  # its place
 ) -> torch.Tensor:  # (n, classes), on the CPU
     "What the network says of a task's images, a hundred at a time."
-    network = self.network.to(self.device).eval()
-    return torch.cat([network(some.to(self.device), task).cpu() for some in x.split(100)])
+    classifier = self.network.to(self.device).eval().classifier(task)
+    return torch.cat([classifier(some.to(self.device)).cpu() for some in x.split(100)])
 
 
 @patch

@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from dfcnn.core import BadInput, seeded, stream
-from dfcnn.data.tasks import Task
+from dfcnn.data.tasks import Split, Task
 from dfcnn.methods.architectures import ARCHITECTURES, Architecture
 from dfcnn.methods.deconvolutional import DFCNN
 from dfcnn.methods.factorize import NetworkMethod, Plan, factorize
@@ -252,7 +252,7 @@ def test_copies_and_pickles_are_of_their_own():
     net = two_tasks(plain_cnn(), "10").eval()
     x = torch.randn(3, 3, 8, 8)
     with torch.no_grad():
-        before = net(x, "birds")  # filters are kept from here
+        before = net(x, "birds")
         for version in range(3):
             net.kb[0].mul_(1.0)
         other = copy.deepcopy(net)
@@ -275,6 +275,15 @@ def test_mixed_precision_trains_and_keeps_whole_filters():
             net(x, "birds")
         assert net.filters("birds")[0][0].dtype == torch.float32
         assert torch.equal(net(x, "birds"), copy.deepcopy(net)(x, "birds"))
+
+
+def test_filters_are_generated_once_per_evaluation(monkeypatch):
+    net, asked = two_tasks(plain_cnn(), "10").eval(), []
+    filters = type(net).filters
+    monkeypatch.setattr(type(net), "filters", lambda self, task: asked.append(task) or filters(self, task))
+    images = Split(torch.randn(20, 3, 8, 8, generator=stream(0)), torch.arange(20) % 4)
+    score(net, images, 0, batch_size=5)
+    assert asked == [0]
 
 
 def test_it_compiles():

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from operator import index
 from threading import RLock
-from typing import Any, Sequence
+from typing import Any, Callable, Sequence
 
 import numpy as np
 import pandas as pd
@@ -330,7 +330,6 @@ class FactorizedNetwork(LifelongNetwork):
 
     elsewhere = False  # was a state loaded that began from other weights?
     may_rest = True  # a bias, or the scale of filters, has no effect before a normalization
-    keeps: int = 1  # tasks whose filters are kept in evaluation
 
     def __init__(
         self,
@@ -343,7 +342,7 @@ class FactorizedNetwork(LifelongNetwork):
         head = head_layer(net, plan.head)
         super().__init__(arch or Form(type(net).__name__, None, head.weight.shape[0]), seed)
         self.register_load_state_dict_post_hook(forget_counters)
-        self.plan, self.names, self.kept, self.initial = plan, [], {}, None
+        self.plan, self.names, self.initial = plan, [], None
         self.outputs: list[int] = []  # classes of each task
         kb = [new_knowledge_base(l.base, stream(seed, "init", "kb", i)) for i, l in enumerate(plan.layers)]
         self.kb = nn.ParameterList(kb)
@@ -364,13 +363,8 @@ class FactorizedNetwork(LifelongNetwork):
         else:
             self.note_origin(net)
 
-    def train(self, mode: bool = True):
-        "Training or evaluation; filters that were kept are dropped."
-        self.kept.clear()
-        return super().train(mode)
-
     def __getstate__(self) -> dict:
-        return {k: v for k, v in self.__dict__.items() if k != "lock"} | {"kept": {}}
+        return {k: v for k, v in self.__dict__.items() if k != "lock"}
 
     def __setstate__(self, state: dict):
         super().__setstate__(state)
@@ -438,7 +432,6 @@ def make_room(self: FactorizedNetwork, state: dict) -> None:
         raise BadInput(f"The state holds the tasks {', '.join(names)}, but the network has {', '.join(self.names)}.")
     for t in range(len(self.tasks), len(names)):
         self.add_task(names[t], int(state[f"tasks.{t}.classes"]))
-    self.kept.clear()
     mine = self.origin.clone()
     self.elsewhere = not torch.equal(state.setdefault("origin", mine).to(mine.device), mine)
 
@@ -477,32 +470,10 @@ def index_of(self: FactorizedNetwork, task: int | str) -> int:
 
 
 @patch
-def generate(self: FactorizedNetwork, task: int) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
-    "Filters and bias of each factorized layer, anew."
-    with uncast(self.n_tasks.device):
-        return [own(kb) for own, kb in zip(self.tasks[task].generators, self.kb)]
-
-
-@patch
 def filters(self: FactorizedNetwork, task: int | str) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
-    "Filters and bias of each factorized layer; in evaluation those that were kept, where they are still right."
-    task = self.index_of(task)
-    made_from = [*self.kb, *self.tasks[task].generators.parameters()]
-    counted = lambda p: type(p) is nn.Parameter and not p.is_inference()  # does torch count its changes?
-    if self.training or torch.is_grad_enabled():
-        self.kept.clear()  # what follows may be a step that torch does not count
-    if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling() or not all(map(counted, made_from)):
-        return self.generate(task)
-    known, filters = self.kept.pop(task, ([], None))
-    same = lambda before, version, p: before.data_ptr() == p.data_ptr() and version == p._version
-    if filters is None or not all(same(*k, p) for k, p in zip(known, made_from)):
-        with torch.inference_mode(False), torch.no_grad():
-            filters = self.generate(task)
-        known = [(p.detach(), p._version) for p in made_from]  # holds on to the memory, so that no other takes its place
-    self.kept[task] = known, filters
-    while len(self.kept) > self.keeps:
-        del self.kept[next(iter(self.kept))]
-    return filters
+    "Filters and bias of each factorized layer."
+    with uncast(self.n_tasks.device):
+        return [own(kb) for own, kb in zip(self.tasks[self.index_of(task)].generators, self.kb)]
 
 # %% ../../nbs/18_factorize.ipynb #2feb2097
 @patch
@@ -517,6 +488,18 @@ def tensors(self: FactorizedNetwork, task: int) -> dict[str, torch.Tensor]:
 
 
 @patch
+def classifier(self: FactorizedNetwork, task: int | str) -> Callable[[torch.Tensor], torch.Tensor]:
+    "The network of a task as it is now: images (n, channels, height, width) to logits. Its filters are generated here, once."
+    lent = self.tensors(self.index_of(task))
+
+    def logits(x: torch.Tensor) -> torch.Tensor:
+        with nullcontext() if torch.compiler.is_compiling() else self.lock:
+            return functional_call(self.form, lent, (x,))
+
+    return logits
+
+
+@patch
 def forward(
     self: FactorizedNetwork,
     x: torch.Tensor,  # images (n, channels, height, width)
@@ -525,12 +508,11 @@ def forward(
     "Logits of one task, or for each image those of its task, filled up with -inf where another task has more classes."
     if isinstance(task, (list, tuple)) or isinstance(task, (np.ndarray, torch.Tensor)) and task.ndim:
         return self.forward_each(x, [self.index_of(t) for t in task])
-    with nullcontext() if torch.compiler.is_compiling() else self.lock:
-        lent = self.tensors(self.index_of(task))
-        if not self.training or torch.compiler.is_compiling():
-            return functional_call(self.form, lent, (x,))
-        with put_back(self.form, lent):
-            return functional_call(self.form, lent, (x,))
+    if not self.training or torch.compiler.is_compiling():
+        return self.classifier(task)(x)
+    lent = self.tensors(self.index_of(task))
+    with self.lock, put_back(self.form, lent):
+        return functional_call(self.form, lent, (x,))
 
 
 @contextmanager
@@ -719,7 +701,6 @@ def task_network(
     "The plain network of a task, of the type that was given, with values of its own."
     task = self.index_of(task)
     with self.lock, torch.no_grad():
-        self.kept.clear()  # what is written out is made anew
         net, tensors = copy.deepcopy(self.form), self.tensors(task)
     path, _, last = self.plan.head.rpartition(".")
     with torch.device("meta"):  # nothing is drawn
