@@ -14,13 +14,17 @@ from dfcnn.core import BadInput, precision
 from dfcnn.data.tasks import Task
 from dfcnn.methods.base import Dropout
 from dfcnn.methods.deconvolutional import DFCNN
-from dfcnn.methods.expandable import GrowthStages
+from dfcnn.methods.expandable import DEN, Growth, GrowthStages
 from dfcnn.methods.progressive import ProgNN
-from dfcnn.methods.sharing import HPS
+from dfcnn.methods.sharing import HPS, SNN, STL
+from dfcnn.methods.tensor_factorization import TF
 from dfcnn.testing import TOY, TOY_SIZES, noise_tasks
+from dfcnn.training.callbacks import StopEarly
 from dfcnn.training.checkpoint import Checkpoint
-from dfcnn.training.learner import Callback, TaskLearner, lifelong_learner, train
+from dfcnn.training.evaluation import score
+from dfcnn.training.learner import Callback, TaskLearner, lifelong_learner, task_learner, train
 from dfcnn.training.optimizer import RMSProp, sum_cross_entropy
+from dfcnn.training.schedule import Schedule
 from dfcnn.training.stacking import StackedTrainer, by_batch, say_once, train_together
 from fastai.callback.core import (
     CancelBatchException,
@@ -30,6 +34,7 @@ from fastai.callback.core import (
     CancelTrainException,
 )
 from fastai.callback.fp16 import MixedPrecision
+from fastai.callback.mixup import MixUp
 from fastai.callback.progress import CSVLogger, ProgressCallback
 from fastai.callback.schedule import ParamScheduler, SchedCos
 from fastai.callback.tracker import EarlyStoppingCallback, ReduceLROnPlateau, SaveModelCallback
@@ -106,6 +111,21 @@ class OtherBatchSize(Callback):
             self.dls.train.batch_size = 10
 
 
+class OtherLabels(Callback):
+    "New labels in every epoch."
+
+    def before_epoch(self):
+        task = self.dls.train.tasks[self.learn.task]
+        task.train = task.train._replace(y=(task.train.y + self.epoch) % len(task.classes))
+
+
+class Noise(Callback):
+    "Images that change in place."
+
+    def before_epoch(self):
+        self.dls.train.data.x.mul_(0.9)
+
+
 class Masked(HPS):
     "Each trial looks at other pixels: what a network draws is a buffer, as torch's own layers do it."
 
@@ -115,6 +135,38 @@ class Masked(HPS):
 
     def forward(self, x, task):
         return super().forward(x * self.mask, task)
+
+
+class OwnMasks(HPS):
+    "The same without a buffer: in a list."
+
+    def __init__(self, arch, seed=0):
+        super().__init__(arch, seed)
+        self.mask = [torch.rand(arch.input, generator=torch.Generator().manual_seed(seed)).round()]
+
+    def forward(self, x, task):
+        return super().forward(x * self.mask[0], task)
+
+
+class OwnScale(HPS):
+    "The same in a dictionary."
+
+    def __init__(self, arch, seed=0):
+        super().__init__(arch, seed)
+        self.mask = {"of all": 1.0 + seed}
+
+    def forward(self, x, task):
+        return super().forward(x * self.mask["of all"], task)
+
+
+class Hooked(HPS):
+    "With hooks on its parameters."
+
+    def __init__(self, arch, seed=0):
+        super().__init__(arch, seed)
+        self.mask = seed
+        for p in self.parameters():
+            p.register_hook(lambda g: g * 0.1)
 
 
 class OwnStep(TaskLearner):
@@ -160,6 +212,8 @@ SETTINGS = {  # name: settings, callbacks, what is done to the Learner, whether 
     "setting of the optimizer": ({}, [], halve_decay, True),
     "rate in a callback": ({}, [HalfTheRate], None, True),
     "batch size in a callback": ({}, [OtherBatchSize], None, True),
+    "labels in a callback": ({}, [OtherLabels], None, True),
+    "images in a callback": ({}, [Noise], None, True),
     "frozen parameter": ({}, [Freeze], None, False),
     "loaded state": ({}, [OtherState], None, True),
     "GradientClip": ({}, [lambda: GradientClip(0.01)], None, False),
@@ -236,15 +290,44 @@ def test_without_a_setting_all_paths_agree(double_precision):
     assert all(same(results[0], r) for r in results)
 
 
-def test_stacked_trials_have_buffers_of_their_own(double_precision):
-    alone, company = ([learner(t, network=Masked(TOY, t)) for t in range(2)] for _ in range(2))
+@pytest.mark.parametrize("kind", [Masked, OwnMasks, OwnScale, Hooked])
+def test_stacked_trials_compute_with_what_is_their_own(double_precision, kind):
+    alone, company = ([learner(t, network=kind(TOY, t)) for t in range(2)] for _ in range(2))
     for l in alone:
         train(l)
     train_together(company)
-    assert not torch.equal(company[0].model.mask, company[1].model.mask)
+    assert str(company[0].model.mask) != str(company[1].model.mask)
     for a, b in zip(alone, company):
-        assert same(weights(a), weights(b)) and torch.equal(a.model.mask, b.model.mask)
+        assert same(weights(a), weights(b)) and str(a.model.mask) == str(b.model.mask)
         assert a.evaluate.history.accuracy.equals(b.evaluate.history.accuracy)
+
+
+class WithoutHead(HPS):
+    "Its layers are its own, and it has no `head`."
+
+    p = 0.0  # of dropout
+
+    def new_task(self, generator):
+        size = torch.Size(self.arch.input).numel()
+        return torch.nn.ModuleDict(dict(last=torch.nn.Sequential(torch.nn.Flatten(), Dropout(self.p), torch.nn.Linear(size, 10))))
+
+    def forward(self, x, task):
+        return self.tasks[task].last(x)
+
+
+class WithoutHeadButDropout(WithoutHead):
+    p = 0.2
+
+
+@pytest.mark.parametrize("kind, why", [(WithoutHead, ""), (WithoutHeadButDropout, "there is dropout elsewhere than at the head")])
+def test_layers_of_another_make_are_trained(kind, why):
+    plain, fast = (learner(network=kind(TOY), n_tasks=1) for _ in range(2))
+    fast.model.load_state_dict(plain.model.state_dict())
+    if not kind.p:
+        for l in (plain, fast):
+            l.model.tasks[0].last[1] = torch.nn.Identity()
+    train(plain), train_together([fast])
+    assert by_batch(fast) == why and torch.allclose(weights(plain), weights(fast), atol=1e-5)
 
 
 def test_hooks_are_not_captured():
@@ -254,6 +337,9 @@ def test_hooks_are_not_captured():
     assert by_batch(learn) == ""
     learn.dls.device = torch.device("cuda")
     assert by_batch(learn) == "its hooks would be captured once and not be called again"
+    learn = learner()
+    next(learn.model.parameters()).register_post_accumulate_grad_hook(lambda p: None)
+    assert by_batch(learn) == "a hook waits for accumulated gradients"
 
 
 def test_dropout_elsewhere_goes_by_batch():
@@ -277,6 +363,11 @@ def test_the_reason_is_said_once(capsys):
         (lambda s: s._replace(y=s.y[:-1]), r"has 21 images and 20 labels in 'train'"),
         (lambda s: s._replace(y=s.y + 1), r"has labels from 1 to \d+ in 'train', but \d+ classes"),
         (lambda s: s._replace(y=s.y - 1), r"has labels from -1 to \d+ in 'train'"),
+        (lambda s: s._replace(y=s.y.int()), "labels of torch.int32"),
+        (lambda s: s._replace(y=s.y[:, None]), r"labels of torch.int64 with the shape \(21, 1\)"),
+        (lambda s: s._replace(x=s.x.byte()), "images of torch.uint8"),
+        (lambda s: s._replace(x=s.x.double()), "images of torch.float64"),
+        (lambda s: s._replace(x=s.x[..., 1:]), r"has images \(3, 8, 7\) in 'train'"),
     ],
 )
 def test_images_and_labels_that_do_not_belong_together_are_refused(change, said):
@@ -284,6 +375,23 @@ def test_images_and_labels_that_do_not_belong_together_are_refused(change, said)
     task = replace(task, train=change(task.train))
     with pytest.raises(BadInput, match=said):
         lifelong_learner(DFCNN(TOY, sizes=TOY_SIZES), [task], epochs=1, lr=1e-3, decay=1e-2, batch_size=5)
+
+
+def test_what_is_scored_is_looked_at_too():
+    hyper = dict(epochs=1, lr=1e-3, decay=1e-2, batch_size=5)
+    task = tasks_of(0, 1)[0]
+    with pytest.raises(BadInput, match=r"has images \(3, 7, 8\) in 'valid'"):
+        lifelong_learner(HPS(TOY), [replace(task, valid=task.valid._replace(x=task.valid.x[:, :, 1:]))], **hyper)
+    bare = [replace(task, test=type(task.test)(task.test.x[:0], task.test.y[:0]))]
+    with pytest.raises(BadInput, match="has no images in 'test' to be scored on"):
+        lifelong_learner(HPS(TOY), bare, **hyper)
+    train(lifelong_learner(HPS(TOY), bare, **hyper, eval_every=None))
+
+
+@pytest.mark.parametrize("epochs, said", [([], "one epoch or more"), ([0, -1], "at least 0, but it is -1"), ([0.5], "whole number"), ([0, 2], "trains task 3, but there are 2")])
+def test_schedules_of_other_tasks_are_refused(epochs, said):
+    with pytest.raises(BadInput, match=said):
+        task_learner(HPS(TOY), tasks_of(0, 2), Schedule(epochs), lr=1e-3, decay=1e-2, batch_size=5)
 
 
 def test_intervals_of_nothing_are_refused():
@@ -313,6 +421,9 @@ REFUSED = {
     "ReduceLROnPlateau": (lambda l: l.add_cb(ReduceLROnPlateau()), "would be overruled"),
     "SaveModelCallback": (lambda l: l.add_cb(SaveModelCallback()), r"trains the tasks \[1, 2\]: the later ones would be lost"),
     "weight decay": (lambda l: setattr(l, "wd", 0.1), "no weight decay"),
+    "MixUp": (lambda l: l.add_cb(MixUp()), "MixUp mixes what a network is given"),
+    "late checkpoint": (lambda l: l.add_cb(Checkpoint("c")), "when its Learner is made"),
+    "StopEarly": (lambda l: l.add_cb(StopEarly(0)), "ends the training of one task"),
 }
 
 
@@ -526,7 +637,7 @@ def test_save_and_load(tmp_path):
     learn.fit(0)
     first = learner(path=tmp_path)
     first.save("first")
-    with pytest.raises(BadInput, match="does not hold a network with the tasks that this one has"):
+    with pytest.raises(BadInput, match="holds 1 tasks, but the network has 2"):
         learn.load("first")
 
 
@@ -539,6 +650,9 @@ def test_one_cycle():
     assert rates.index(max(rates)) == len(rates) // 4
     with pytest.raises(BadInput, match="no momentum"):
         learner().fit_one_cycle(1, moms=(0.9, 0.8, 0.9))
+    sliced = learner(cbs=[Recorder])
+    sliced.fit_one_cycle(2, slice(1e-2))
+    assert max(sliced.recorder.lrs) == pytest.approx(1e-2)
     adam = learner(opt_func=Adam)
     adam.fit_one_cycle()
     assert adam.epochs_done == 4 and len(adam.recorder.hps["mom"]) == 16
@@ -555,6 +669,77 @@ def test_lr_find_leaves_everything_as_it_was(tmp_path, done):
     assert learn.epochs_done == done and len(learn.evaluate.history) == len(plain.evaluate.history)
     plain.fit(), learn.fit()
     assert torch.equal(weights(plain), weights(learn))
+
+
+@pytest.mark.parametrize("kind", [DEN, TF])
+def test_optimizers_of_networks_that_take_other_shapes_outlive_lr_find(tmp_path, kind):
+    plain, learn = (learner(network=kind(TOY), path=tmp_path) for _ in range(2))
+    plain.fit(1), learn.fit(1)
+    learn.lr_find(num_it=10, show_plot=False)
+    assert learn.opt.opt.state
+    plain.fit(), learn.fit()
+    assert torch.equal(weights(plain), weights(learn))
+
+
+@pytest.mark.parametrize("at", [6, 9])  # while new units are trained alone, and after
+def test_den_does_not_grow_twice_where_an_epoch_is_broken_off(at):
+    class Break(Callback):
+        def after_batch(self):
+            if self.learn.task == 1 and self.training and self.iter == at and not hasattr(self, "over"):
+                self.over = True
+                raise KeyboardInterrupt
+
+    network = DEN(TOY, growth=replace(Growth(), loss=0.0, units=4, split=1e9, group=1e-4))
+    learn = lifelong_learner(network, tasks_of(0, 2), epochs=1, lr=1e-3, decay=1e-2, batch_size=2, cbs=[Break()])
+    with pytest.raises(KeyboardInterrupt):
+        learn.fit()
+    learn.fit()
+    assert [entry["stage"] for entry in learn.growth_stages.log].count("expand") == 1
+
+
+def test_a_loaded_network_is_scored_anew(tmp_path):
+    learn = learner(network=STL(TOY), path=tmp_path)
+    learn.fit(3)
+    for p in learn.model.parameters():
+        p.data = torch.zeros_like(p)
+    learn.fit()
+    first = learn.evaluate.history.query("evaluated == 0 and split == 'test'")
+    assert first.loss.iloc[-1] == pytest.approx(score(learn.model, tasks_of(0, 2)[0].test, 0)[1])
+
+
+@pytest.mark.parametrize("kind", [DEN, TF])
+def test_states_of_other_networks_are_refused(kind):
+    other, network = STL(TOY), kind(TOY)
+    other.add_task(), network.add_task()
+    before = {k: v.clone() for k, v in network.state_dict().items()}
+    with pytest.raises(BadInput, match="The state is"):
+        network.load_state_dict(other.state_dict())
+    assert all(torch.equal(v, before[k]) for k, v in network.state_dict().items())
+
+
+def test_a_state_of_fewer_tasks_is_refused():
+    small, large = SNN(TOY), SNN(TOY)  # whose tasks own nothing, so that torch would miss nothing
+    small.add_task(), large.add_task(), large.add_task()
+    with pytest.raises(BadInput, match="holds 1 tasks, but the network has 2"):
+        large.load_state_dict(small.state_dict())
+
+
+def test_fastai_s_callbacks_by_their_call(tmp_path):
+    class Hears(Callback):
+        events = ()
+
+        def __call__(self, event_name):
+            self.events += (event_name,)
+
+    learn = learner(cbs=[Hears])
+    learn.fit(1)
+    assert "before_batch" in learn.hears.events and "Hears" in by_batch(learn)
+
+
+@pytest.mark.parametrize("setting", [dict(default_cbs=True), dict(train_bn=False), dict(wd_bn_bias=True), dict(splitter=list)])
+def test_settings_of_fastai_without_effect_are_refused(setting):
+    with pytest.raises(BadInput, match=f"`{[*setting][0]}` has no effect here"):
+        learner(**setting)
 
 
 def test_validate_and_predict():

@@ -266,6 +266,8 @@ def make_room(
     state: dict,  # of this network; what it needs for no parameter it takes out
 ) -> None:
     "Add the tasks that a state dict holds, before torch fills them."
+    if tasks_in(state) < len(self.tasks):
+        raise BadInput(f"The state holds {tasks_in(state)} tasks, but the network has {len(self.tasks)}.")
     for task in range(len(self.tasks), tasks_in(state)):
         self.add_task(self.outputs_in(state, task))
 

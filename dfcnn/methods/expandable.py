@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import nn
 
-from ..core import stream
+from ..core import BadInput, stream
 from .architectures import Architecture
 from .base import Head, LifelongNetwork, bias, weight
 
@@ -387,7 +387,8 @@ def before_batch(self: GrowthStages):
     if not self.training:
         return
     if self.task_epoch == 0 and self.iter == 0:
-        self.at, self.losses = 0, deque(maxlen=self.n_iter)
+        self.at = STAGES.index(self.model.stage) if self.model.stage in STAGES else 0  # an epoch that was broken off begins again
+        self.losses = deque(maxlen=self.n_iter)
     done = (self.task_epoch + self.iter / self.n_iter) / self.epochs[self.learn.task]
     while self.learn.task > 0 and self.at < 3 and done >= self.model.growth.shares[self.at]:
         self.at += 1
@@ -481,15 +482,22 @@ def state_dict(self: DEN, *args, prefix: str = "", **kwargs) -> dict:
 @patch
 def make_room(self: DEN, state: dict) -> None:
     "Grow to the generations and tasks that a state dict has, and take its stage, old values and masks."
-    self.grown, self.tasks, none = nn.ModuleList(), nn.ModuleList(), torch.Generator()
-    for g in range(1 + max(int(k.split(".")[1]) for k in state if k.startswith("grown."))):
-        self.grow([len(state[f"grown.{g}.{l}.b"]) for l in range(len(self.arch.channels))], none)
-    self.stamps = state["stamps"].to(self.n_tasks.device, copy=True)
-    self.outputs = [self.outputs_in(state, task) for task in range(len(self.stamps))]
-    for stamp in self.stamps.tolist():
-        self.append_task(nn.ModuleDict(dict(head=self.new_head(none, stamp))))
+    generations = {int(k.split(".")[1]) for k in state if k.startswith("grown.")}
+    if not generations or not {"stamps", "stage"} <= state.keys():
+        raise BadInput("The state is not that of a DEN: it says nothing of generations, or of the stage of the task in hand.")
+    sizes = [[len(state[f"grown.{g}.{l}.b"]) for l in range(len(self.arch.channels))] for g in sorted(generations)]
+    stage, stamps = ("first", *STAGES)[int(state.pop("stage"))], state["stamps"].to(self.n_tasks.device, copy=True)
+    outputs = [self.outputs_in(state, task) for task in range(len(stamps))]
+    here = [[len(new.b) for new in generation] for generation in self.grown]
+    if (sizes, stage, outputs, stamps.tolist()) != (here, self.stage, self.outputs, self.stamps.tolist()):
+        self.grown, self.tasks, none = nn.ModuleList(), nn.ModuleList(), torch.Generator()
+        for units in sizes:
+            self.grow(units, none)
+        self.stamps, self.outputs = stamps, outputs
+        for stamp in stamps.tolist():
+            self.append_task(nn.ModuleDict(dict(head=self.new_head(none, stamp))))
     parameters = dict(self.named_parameters())
-    self.stage, self.old, self.masks = ("first", *STAGES)[int(state.pop("stage"))], {}, {}
+    self.stage, self.old, self.masks = stage, {}, {}
     for k in [k for k in state if k.startswith(("old.", "masks."))]:
         what, _, name = k.partition(".")
         getattr(self, what)[parameters[name]] = state.pop(k).to(self.n_tasks.device, copy=True)

@@ -158,6 +158,9 @@ def register(
             "A method's name is also the name of a folder, and is typed in lists: up to 64 letters, digits and"
             f" . _ - ( ), beginning with a letter or a digit, and not 'all', but it is {brief(name)}."
         )
+    if not inspect.isclass(network) or not issubclass(network, LifelongNetwork):
+        raise BadInput(f"'{name}' must be a class that inherits LifelongNetwork, but it is {brief(network)} ({type(network).__name__}).")
+    check_choice("size", size, ["", "large", "reduced"])
     if name in _OF_THE_PACKAGE:
         raise BadInput(f"'{name}' is a method of this package. Choose another name.")
     twin = next((m for m in METHODS if m != name and simplify(m) == simplify(name)), None)

@@ -11,7 +11,7 @@ from torch import nn
 
 from ..core import BadInput, stream
 from .architectures import Architecture
-from .base import LifelongNetwork, bias
+from .base import LifelongNetwork, bias, tasks_in
 from .sharing import STL
 
 # %% auto #0
@@ -101,13 +101,15 @@ def filters(self: TF, task: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
 @patch
 def make_room(self: TF, state: dict) -> None:
     "Take the ranks and the number of tasks that a state dict has."
-    if len(self.tasks) > int(state["n_tasks"]):
-        raise BadInput(
-            f"The state holds {int(state['n_tasks'])} tasks, but the network has {len(self.tasks)}."
-        )
-    names = [[f"factors.{l}.{axis}" for axis in range(4)] + [f"rows.{l}"] for l in range(len(self.core))]
-    self.hold([(state[f"core.{l}"], [state[name] for name in layer]) for l, layer in enumerate(names)])
-    self.max_tasks = len(state["rows.0"])
+    names = [[f"core.{l}", *(f"factors.{l}.{axis}" for axis in range(4)), f"rows.{l}"] for l in range(len(self.core))]
+    missing = [name for layer in names for name in layer if name not in state]
+    if missing or len(self.tasks) > tasks_in(state):
+        what = f"has no '{missing[0]}'" if missing else f"holds {tasks_in(state)} tasks, but the network has {len(self.tasks)}"
+        raise BadInput(f"The state is of another network: it {what}.")
+    here = self.state_dict()
+    if any(state[name].shape != here[name].shape for layer in names for name in layer):
+        self.hold([(state[core], [state[name] for name in factors]) for core, *factors in names])
+        self.max_tasks = len(state["rows.0"])
     super(TF, self).make_room(state)
 
 # %% ../../nbs/16_tensor_factorization.ipynb #6dfcd8c7

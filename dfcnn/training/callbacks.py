@@ -13,7 +13,7 @@ from typing import Callable, Sequence
 import torch
 from fastprogress import progress_bar
 
-from ..core import LARGEST, check_number, stream_seed
+from ..core import LARGEST, BadInput, check_number, stream_seed
 from ..data.folders import Preparation
 from .learner import Callback
 
@@ -59,7 +59,14 @@ class StopEarly(Callback):
     order = 55  # after the scores, before the checkpoint
 
     def __init__(self, patience: int):  # 0: never stop, but end with the best epoch's weights
-        self.patience, self.losses, self.best = patience, [], {}
+        self.patience, self.losses, self.best, self.of = patience, [], {}, None
+
+    def before_fit(self):
+        trained = set(self.schedule.tasks[self.learn.epochs_done : self.n_epoch])
+        if len(trained) > 1 or self.schedule.eval_every is None or self.schedule.score_every > 1:
+            raise BadInput("StopEarly ends the training of one task by the score of each of its epochs: `fit` the epochs of one task, with score_every=1.")
+        if trained - {self.of}:
+            self.losses, self.best, (self.of,) = [], {}, trained
 
     def after_epoch(self):
         self.losses.append(self.learn.evaluate.latest[self.learn.task, "valid"][1])
@@ -74,10 +81,10 @@ class StopEarly(Callback):
             self.model.load_state_dict(self.best)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        return dict(losses=torch.tensor(self.losses, dtype=torch.float64), **{f"kept/{k}": v for k, v in self.best.items()})
+        return dict(of=torch.tensor(self.of), losses=torch.tensor(self.losses, dtype=torch.float64), **{f"kept/{k}": v for k, v in self.best.items()})
 
     def load_state_dict(self, state: dict[str, torch.Tensor]):
-        self.losses = state["losses"].tolist()
+        self.of, self.losses = int(state["of"]), state["losses"].tolist()
         self.best = {k.removeprefix("kept/"): v for k, v in state.items() if k.startswith("kept/")}
 
 # %% ../../nbs/28_callbacks.ipynb #7ee1a0da

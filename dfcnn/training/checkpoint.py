@@ -120,11 +120,12 @@ def restore(
 class Checkpoint(FitCallback):
     """Keep the last two checkpoints; begin where the last good one was taken.
 
-    One is taken every few minutes, where tasks come one by one whenever the next epoch is another task's, and at the end of
-    every `fit`.
+    One is taken every few minutes, where tasks come one by one whenever the next epoch is another task's, and after the
+    last epoch of every `fit`.
     """
 
     order = 60  # when the epoch has been scored
+    asked = False  # was there a checkpoint to begin from?
 
     def __init__(
         self,
@@ -142,6 +143,7 @@ class Checkpoint(FitCallback):
 # %% ../../nbs/26_checkpoint.ipynb #15938e41
 @patch
 def after_create(self: Checkpoint):
+    self.asked = True
     for path in filter(Path.exists, self.paths):
         try:
             state, about = load_tensors(path)
@@ -160,6 +162,12 @@ def after_create(self: Checkpoint):
             continue
         restore(self.learn, state, int(about["epochs"]))
         return
+
+
+@patch
+def before_fit(self: Checkpoint):
+    if not self.asked:
+        raise BadInput("A Checkpoint goes on where the last one was taken, when its Learner is made: pass it in `cbs` there, and not to `fit` or `add_cb`.")
 
 # %% ../../nbs/26_checkpoint.ipynb #1952408d
 @patch

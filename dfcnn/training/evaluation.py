@@ -204,6 +204,11 @@ def check(
 
 # %% ../../nbs/23_evaluation.ipynb #9bdbbbbf
 @patch
+def before_fit(self: Evaluate):
+    self.latest.clear()  # the network may have been changed between two fits
+
+
+@patch
 def before_phase(self: Evaluate):
     moving = set(self.model.trains(self.learn.task))
     self.moved = [t for t in range(len(self.model.tasks)) if not moving.isdisjoint(self.model.uses(t))]

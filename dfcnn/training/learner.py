@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
-from typing import Sequence
+from typing import Callable, Sequence
 
 import pandas as pd
 import torch
@@ -36,7 +36,8 @@ with warnings.catch_warnings():  # fastai 2.8 imports parts of torch that are ab
     from fastai.torch_core import ContextManagers
 
 # %% auto #0
-__all__ = ['listens', 'TrainEval', 'TaskLearner', 'check_tasks', 'paper_settings', 'task_learner', 'lifelong_learner', 'train']
+__all__ = ['listens', 'TrainEval', 'TaskLearner', 'check_tasks', 'paper_settings', 'task_learner', 'lifelong_learner', 'train',
+           'unavailable']
 
 # %% ../../nbs/24_learner.ipynb #f6a24a26
 def listens(
@@ -44,7 +45,7 @@ def listens(
     event: str,  # its name, such as "before_epoch"
 ) -> bool:
     "Does a callback define this event?"
-    return event in vars(cb) or hasattr(type(cb), event)
+    return event in vars(cb) or hasattr(type(cb), event) or type(cb).__call__ is not Callback.__call__
 
 
 class TrainEval(TrainEvalCallback):
@@ -105,6 +106,8 @@ def refuse_callbacks(self: TaskLearner) -> None:
     for cb in self.cbs:
         if isinstance(cb, MixedPrecision) and self.dls.device.type != "cuda":
             raise BadInput("MixedPrecision does nothing on a CPU. Leave it out, or train on a GPU.")
+        if any(kind.__name__ == "MixHandler" for kind in type(cb).__mro__):  # by its name: to import it takes a second
+            raise BadInput(f"{type(cb).__name__} mixes what a network is given, and that holds the task. Mix images in a callback of your own.")
         if isinstance(cb, ReduceLROnPlateau):
             raise BadInput("ReduceLROnPlateau would be overruled: every epoch's learning rate is that of the decay.")
         if isinstance(cb, SaveModelCallback) and not (cb.every_epoch or cb.at_end) and len(trained) > 1:
@@ -133,20 +136,30 @@ def check_tasks(
             f"{type(network).__name__} learns its tasks one after the other and cannot go back to an earlier"
             " one."
         )
+    if max(schedule.tasks) >= len(tasks):
+        raise BadInput(f"The schedule trains task {max(schedule.tasks) + 1}, but there are {len(tasks)} tasks.")
+    kind = next((p.dtype for p in network.parameters()), None)
     for i, t in enumerate(tasks):
         if i in schedule.tasks and len(t.train.y) < batch_size:
             raise BadInput(
                 f"{t.name} has {len(t.train.y)} training images, fewer than one batch of {batch_size}."
             )
-        if t.train.x.shape[1:] != network.arch.input:
-            raise BadInput(
-                f"{t.name} has images {tuple(t.train.x.shape[1:])}, but the network '{network.arch.name}' takes"
-                f" images {network.arch.input}."
-            )
         for split in ("train", "valid", "test"):
             (x, y), n = getattr(t, split), len(t.classes)
             if len(x) != len(y):
                 raise BadInput(f"{t.name} has {len(x)} images and {len(y)} labels in '{split}'. Give one label for each image.")
+            if len(x) and x.shape[1:] != network.arch.input:
+                raise BadInput(
+                    f"{t.name} has images {tuple(x.shape[1:])} in '{split}', but the network '{network.arch.name}' takes"
+                    f" images {network.arch.input}."
+                )
+            if len(y) and (not x.is_floating_point() or x.dtype != (kind or x.dtype) or y.dtype != torch.long or y.ndim != 1):
+                raise BadInput(
+                    f"{t.name} has images of {x.dtype} and labels of {y.dtype} with the shape {tuple(y.shape)} in '{split}'. Images"
+                    f" are of {kind or torch.get_default_dtype()}, labels of torch.int64 with one number for each image."
+                )
+            if not len(y) and schedule.eval_every and (schedule.together or i in schedule.tasks):
+                raise BadInput(f"{t.name} has no images in '{split}' to be scored on. Pass a schedule with eval_every=None.")
             if len(y) and not 0 <= int(y.min()) <= int(y.max()) < n:
                 raise BadInput(
                     f"{t.name} has labels from {int(y.min())} to {int(y.max())} in '{split}', but {n} classes: labels are"
@@ -188,6 +201,9 @@ def task_learner(
     "A fastai Learner that learns `tasks` as the schedule says."
     if stray := sorted(learner.keys() & {f.name for f in fields(Schedule)}):
         raise BadInput(f"{', '.join(f'`{k}`' for k in stray)}: that is a matter of the schedule. Pass `Schedule(tasks, {stray[0]}=...)`.")
+    for name in ("default_cbs", "splitter", "wd_bn_bias", "train_bn"):
+        if name in learner:
+            raise BadInput(f"`{name}` has no effect here: a task's parameters are one group, and the callbacks are given below. Leave it out.")
     batch_size = check_number("batch_size", batch_size, 1)
     check_choice("mean_squares_restart", mean_squares_restart, ["task", "epoch"])
     check_tasks(network, tasks, schedule, batch_size)
@@ -265,6 +281,19 @@ def load(self: TaskLearner, file: str | Path, **kwargs) -> TaskLearner:
         self.create_opt()
     return self
 
+# %% ../../nbs/24_learner.ipynb #a40600d1
+def unavailable(name: str) -> Callable:
+    "What stands for a method of fastai's Learner that needs fastai's data sets."
+
+    def refuse(self: TaskLearner, *args, **kwargs):
+        raise BadInput(f"`{name}` needs fastai's data sets, and tasks are tensors. `get_preds` and `validate` work; of your own images, see `dfcnn.vision`.")
+
+    return refuse
+
+
+for name in ("predict", "show_results", "tta", "export"):
+    setattr(TaskLearner, name, unavailable(name))
+
 # %% ../../nbs/24_learner.ipynb #3815304e
 @patch
 @contextmanager
@@ -322,11 +351,14 @@ def fit_one_cycle(
     cbs=None,  # more callbacks, for this time
     **kwargs,  # `reset_opt`, as in `fit`
 ):
-    "fastai's 1cycle policy in place of the decay; of RMSProp, which has no momentum and refuses `moms`, it moves the learning rate alone."
+    """fastai's 1cycle policy in place of the decay; of RMSProp, which has no momentum and refuses `moms`, it moves the learning rate alone.
+
+    The cycle is that of this call: one that was interrupted is begun anew, over the epochs that are left.
+    """
     if "mom" in self.opt.hypers[-1]:
         return Learner.fit_one_cycle(self, n_epoch, lr_max, div, div_final, pct_start, wd, moms, cbs, **kwargs)
     if moms is not None:
         raise BadInput("The optimizer has no momentum: leave `moms` out.")
-    top = self.lr if lr_max is None else lr_max
+    top = self.lr if lr_max is None else getattr(lr_max, "stop", lr_max)  # of a slice, as `fine_tune` gives it
     cycle = ParamScheduler(dict(lr=combined_cos(pct_start, top / div, top, top / div_final)))
     self.fit(n_epoch, wd=wd, cbs=[cycle, *L(cbs)], **kwargs)

@@ -8,7 +8,8 @@ from __future__ import annotations
 import gc
 from dataclasses import is_dataclass
 from functools import cache
-from typing import Callable, Sequence
+from inspect import isfunction
+from typing import Any, Callable, Sequence
 from weakref import WeakKeyDictionary
 
 import pandas as pd
@@ -30,11 +31,21 @@ from .optimizer import RMSProp, rmsprop_, sum_cross_entropy
 from .schedule import FitCallback
 
 # %% auto #0
-__all__ = ['BATCH_EVENTS', 'STEPS', 'StackedTrainer', 'stack_in_place', 'optimizer_constants', 'Trainers', 'looking_on',
-           'other_optimizer', 'other_dropout', 'hooked', 'by_batch', 'say_once', 'FastEpochs', 'simple_settings',
-           'parts_of', 'stackable', 'stacking_key', 'alike', 'Pause', 'StackedFits', 'stand_alone', 'train_together']
+__all__ = ['BATCH_EVENTS', 'STEPS', 'OF_TORCH', 'dropout_of', 'StackedTrainer', 'stack_in_place', 'optimizer_constants',
+           'Trainers', 'looking_on', 'other_optimizer', 'other_dropout', 'hooked', 'by_batch', 'say_once', 'FastEpochs',
+           'plain', 'simple_settings', 'parts_of', 'stackable', 'stacking_key', 'alike', 'Pause', 'StackedFits',
+           'stand_alone', 'train_together']
 
 # %% ../../nbs/27_stacking.ipynb #a484e1c0
+def dropout_of(network: LifelongNetwork, task: int) -> Dropout | None:
+    "The dropout before the fully connected layers of a task's head, where it is the package's own."
+    try:
+        head = network.head_of(task)
+    except AttributeError:  # of a method whose tasks have none
+        return None
+    return head.dropout if type(getattr(head, "dropout", None)) is Dropout and hasattr(head, "W") else None
+
+
 class StackedTrainer:
     "The training steps of Learners that are at the same task."
 
@@ -52,12 +63,11 @@ class StackedTrainer:
         self.addresses = self.addresses_now()
 
         n, size, k = len(self.lead.dls.train), self.lead.dls.train.batch_size, len(data)
-        head = self.network.head_of(self.task)
-        self.dropout = head.dropout if isinstance(getattr(head, "dropout", None), Dropout) else None
+        self.dropout = dropout_of(self.network, self.task)
         zeros = lambda *shape, dtype=self.x.dtype: torch.zeros(shape, dtype=dtype, device=self.device)
         self.order = zeros(n, k, size, dtype=torch.long)
         if self.dropout:
-            self.kept = zeros(n, k, size, head.W[0].shape[1], dtype=torch.bool)
+            self.kept = zeros(n, k, size, self.network.head_of(self.task).W[0].shape[1], dtype=torch.bool)
         self.at, self.lr = zeros(1, dtype=torch.long), zeros()
         self.losses, self.correct = zeros(n, k), zeros(k)
         self.captures, self.graph, self.aside, self.taken = self.device.type == "cuda", None, None, 0
@@ -111,8 +121,8 @@ def addresses_now(self: StackedTrainer) -> list:
     at = []
     for l in self.learners:
         used, state, batches = l.model.uses(self.task), l.opt.opt.state, l.dls.train
-        dropout = getattr(l.model.head_of(self.task), "dropout", None)
-        at += [batches.data.x.data_ptr(), batches.batch_size, optimizer_constants(l), getattr(dropout, "p", None)]
+        at += [(t.data_ptr(), t._version) for t in batches.data]  # images and labels, which were copied
+        at += [batches.batch_size, optimizer_constants(l), getattr(dropout_of(l.model, self.task), "p", None)]
         at += [t.data_ptr() for t in (*used, *l.model.buffers())]
         at += [state[p]["mean_square"].data_ptr() if state.get(p) else None for p in used]
     return at
@@ -277,15 +287,15 @@ def other_optimizer(learn: TaskLearner) -> bool:
 
 def other_dropout(learn: TaskLearner) -> bool:
     "Does anything but the heads' own `Dropout` draw?"
-    heads = map(learn.model.head_of, range(len(learn.model.tasks)))
-    known = {id(d) for d in (getattr(h, "dropout", None) for h in heads) if type(d) is Dropout}
+    known = {id(dropout_of(learn.model, task)) for task in range(len(learn.model.tasks))}
     return any(isinstance(m, (Dropout, nn.modules.dropout._DropoutNd)) and id(m) not in known for m in learn.model.modules())
 
 
 def hooked(network: nn.Module) -> bool:
     "Is there a hook on any part of it?"
     kinds = "_forward_hooks _forward_pre_hooks _backward_hooks _backward_pre_hooks".split()
-    return any(getattr(m, kind) for m in network.modules() for kind in kinds)
+    of_parameters = any(p._backward_hooks or getattr(p, "_post_accumulate_grad_hooks", None) for p in network.parameters())
+    return of_parameters or any(getattr(m, kind) for m in network.modules() for kind in kinds)
 
 
 def by_batch(
@@ -298,6 +308,7 @@ def by_batch(
         "the loss is not the summed cross-entropy": learn.loss_func is not sum_cross_entropy,
         "the optimizer is not RMSProp over what the task trains": other_optimizer(learn),
         "there is dropout elsewhere than at the head": other_dropout(learn),
+        "a hook waits for accumulated gradients": any(getattr(p, "_post_accumulate_grad_hooks", None) for p in learn.model.parameters()),
         "its steps are its own": any(getattr(type(learn), s) is not getattr(Learner, s) or s in vars(learn) for s in STEPS),
         "its hooks would be captured once and not be called again": learn.dls.device.type == "cuda" and hooked(learn.model),
         "a callback of the package was removed": not hasattr(learn, "evaluate") or not hasattr(learn, "seed_epochs"),
@@ -328,15 +339,22 @@ class FastEpochs(FitCallback):
         raise CancelTrainException()
 
 # %% ../../nbs/27_stacking.ipynb #ea996813
+OF_TORCH = vars(nn.Module()).keys()  # attributes that every module has
+
+
+def plain(value: Any) -> bool:
+    "Is all there is to a value in its `repr`?"
+    if isinstance(value, (tuple, list, dict)):
+        return all(map(plain, [*value, *(value.values() if isinstance(value, dict) else ())]))
+    known = isinstance(value, (bool, int, float, str, type, torch.dtype)) or is_dataclass(value)
+    return value is None or known or isfunction(value) and not value.__closure__
+
+
 def simple_settings(
     network: nn.Module,  # of one trial
 ) -> dict:
     "Attributes of a network, or of a part of one, that may decide what it computes, but for its seed."
-    def plain(v) -> bool:
-        of = isinstance(v, (tuple, list)) and all(map(plain, v))
-        return v is None or isinstance(v, (bool, int, float, str)) or is_dataclass(v) or of
-
-    return {k: v for k, v in vars(network).items() if plain(v) and not k.startswith("_") and k != "seed"}
+    return {k: v for k, v in vars(network).items() if plain(v) and k not in OF_TORCH and k != "seed"}
 
 
 _PARTS: WeakKeyDictionary[nn.Module, tuple[int, str, bool]] = WeakKeyDictionary()
@@ -348,7 +366,7 @@ def parts_of(network: LifelongNetwork) -> tuple[str, bool]:
     if n != len(network.tasks):
         modules = list(network.modules())
         running = lambda m: isinstance(m, nn.modules.batchnorm._NormBase) and m.track_running_stats
-        aside = lambda m: any(isinstance(v, torch.Tensor) for v in vars(m).values())  # a tensor that is no buffer
+        aside = lambda m: vars(m).keys() - OF_TORCH - {"seed"} - simple_settings(m).keys()  # tensors that are no buffers, say
         known = repr([simple_settings(m) for m in modules]), not any(running(m) or aside(m) for m in modules)
         _PARTS[network] = len(network.tasks), *known
     return tuple(known)
@@ -364,7 +382,6 @@ def stacking_key(
 ) -> tuple:  # equal for Learners that can be stacked
     "What a step computes; Learners for which it is the same can be stacked."
     network, batches = learn.model, learn.dls.train
-    head = network.head_of(learn.task)
     return (
         learn.task,
         type(network),
@@ -373,7 +390,7 @@ def stacking_key(
         [b.shape for b in network.buffers()],
         [p.shape for p in network.uses(learn.task)],
         [p.shape for p in network.trains(learn.task)],
-        getattr(getattr(head, "dropout", None), "p", None),
+        getattr(dropout_of(network, learn.task), "p", None),
         (batches.data.x.shape, batches.data.x.dtype, batches.batch_size),
         optimizer_constants(learn),
         learn.opt.hypers[-1]["lr"],
