@@ -160,7 +160,8 @@ def register(
         )
     if not inspect.isclass(network) or not issubclass(network, LifelongNetwork):
         raise BadInput(f"'{name}' must be a class that inherits LifelongNetwork, but it is {brief(network)} ({type(network).__name__}).")
-    check_choice("size", size, ["", "large", "reduced"])
+    if size:
+        check_choice("size", size, ["large", "reduced"])
     if name in _OF_THE_PACKAGE:
         raise BadInput(f"'{name}' is a method of this package. Choose another name.")
     twin = next((m for m in METHODS if m != name and simplify(m) == simplify(name)), None)

@@ -103,9 +103,10 @@ def make_room(self: TF, state: dict) -> None:
     "Take the ranks and the number of tasks that a state dict has."
     names = [[f"core.{l}", *(f"factors.{l}.{axis}" for axis in range(4)), f"rows.{l}"] for l in range(len(self.core))]
     missing = [name for layer in names for name in layer if name not in state]
-    if missing or len(self.tasks) > tasks_in(state):
-        what = f"has no '{missing[0]}'" if missing else f"holds {tasks_in(state)} tasks, but the network has {len(self.tasks)}"
-        raise BadInput(f"The state is of another network: it {what}.")
+    if missing:
+        raise BadInput(f"The state is not that of a TF: it has no '{missing[0]}'.")
+    if len(self.tasks) > tasks_in(state):
+        raise BadInput(f"The state holds {tasks_in(state)} tasks, but the network has {len(self.tasks)}.")
     here = self.state_dict()
     if any(state[name].shape != here[name].shape for layer in names for name in layer):
         self.hold([(state[core], [state[name] for name in factors]) for core, *factors in names])

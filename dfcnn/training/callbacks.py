@@ -96,13 +96,10 @@ class Augment(Callback):
     def __init__(self, tfms: Sequence[Callable], prepare: Preparation, seed: int = 0):
         self.pipeline, self.seed = Pipeline(tfms, split_idx=0), seed
         self.mean, self.std = prepare.mean_std()
+        self.drawn = random.Random(seed).getstate()  # fastai draws from torch, and from Python's `random`
 
     def before_train(self):
-        self.before = random.getstate()  # fastai draws from torch, and from here
-        random.seed(stream_seed(self.seed, "augment", self.epoch))
-
-    def after_train(self):
-        random.setstate(self.before)
+        self.drawn = random.Random(stream_seed(self.seed, "augment", self.epoch)).getstate()
 
     def before_batch(self):
         if self.training:
@@ -112,7 +109,13 @@ class Augment(Callback):
     def changed(self, x: torch.Tensor) -> torch.Tensor:  # both as the network sees images
         "What becomes of some images."
         self.mean, self.std = self.mean.to(x), self.std.to(x)  # once
-        return (self.pipeline(TensorImage(x * self.std + self.mean)).as_subclass(torch.Tensor) - self.mean) / self.std
+        before = random.getstate()
+        random.setstate(self.drawn)
+        try:
+            return (self.pipeline(TensorImage(x * self.std + self.mean)).as_subclass(torch.Tensor) - self.mean) / self.std
+        finally:
+            self.drawn = random.getstate()
+            random.setstate(before)
 
 # %% ../../nbs/28_callbacks.ipynb #d8ff000b
 class ShowEpochs(Callback):

@@ -36,7 +36,8 @@ class Schedule:
     score_every: int = 1  # epochs between two scores of the task in hand, where tasks come one by one
 
     def __post_init__(self):
-        object.__setattr__(self, "tasks", tuple(check_number("task of an epoch", task) for task in self.tasks))
+        tasks = self.tasks.tolist() if hasattr(self.tasks, "tolist") else self.tasks
+        object.__setattr__(self, "tasks", tuple(check_number("task of an epoch", task) for task in tasks))
         if not self.tasks:
             raise BadInput("A schedule has one epoch or more. Say which task each of them trains.")
         if self.eval_every is not None:

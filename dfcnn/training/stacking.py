@@ -33,7 +33,7 @@ from .schedule import FitCallback
 # %% auto #0
 __all__ = ['BATCH_EVENTS', 'STEPS', 'OF_TORCH', 'dropout_of', 'StackedTrainer', 'stack_in_place', 'optimizer_constants',
            'Trainers', 'looking_on', 'other_optimizer', 'other_dropout', 'hooked', 'by_batch', 'say_once', 'FastEpochs',
-           'plain', 'simple_settings', 'parts_of', 'stackable', 'stacking_key', 'alike', 'Pause', 'StackedFits',
+           'is_plain', 'simple_settings', 'parts_of', 'stackable', 'stacking_key', 'alike', 'Pause', 'StackedFits',
            'stand_alone', 'train_together']
 
 # %% ../../nbs/27_stacking.ipynb #a484e1c0
@@ -342,10 +342,10 @@ class FastEpochs(FitCallback):
 OF_TORCH = vars(nn.Module()).keys()  # attributes that every module has
 
 
-def plain(value: Any) -> bool:
+def is_plain(value: Any) -> bool:
     "Is all there is to a value in its `repr`?"
     if isinstance(value, (tuple, list, dict)):
-        return all(map(plain, [*value, *(value.values() if isinstance(value, dict) else ())]))
+        return all(map(is_plain, [*value, *(value.values() if isinstance(value, dict) else ())]))
     known = isinstance(value, (bool, int, float, str, type, torch.dtype)) or is_dataclass(value)
     return value is None or known or isfunction(value) and not value.__closure__
 
@@ -354,7 +354,7 @@ def simple_settings(
     network: nn.Module,  # of one trial
 ) -> dict:
     "Attributes of a network, or of a part of one, that may decide what it computes, but for its seed."
-    return {k: v for k, v in vars(network).items() if plain(v) and k not in OF_TORCH and k != "seed"}
+    return {k: v for k, v in vars(network).items() if is_plain(v) and k not in OF_TORCH and k != "seed"}
 
 
 _PARTS: WeakKeyDictionary[nn.Module, tuple[int, str, bool]] = WeakKeyDictionary()
