@@ -22,7 +22,7 @@ import numpy as np
 import pandas as pd
 import torch
 from PIL import Image
-from fastcore.all import L, patch
+from fastcore.all import L, delegates, patch
 from scipy import stats
 from torch import nn
 
@@ -208,7 +208,6 @@ class ImageLearner:
         self.folder = None if folder is None else check_path("folder", folder)
         self.learned: list[Learned] = []
         self.history = pd.DataFrame(columns=[*HISTORY, "task"])  # scores of every epoch
-        self.made_with = dfcnn.__version__
 
     @property
     def names(self) -> list[str]:
@@ -226,18 +225,15 @@ class ImageLearner:
         return find_name(task, known)
 
 # %% ../nbs/50_vision.ipynb #5dc03dbb
+@delegates(FitSettings)
 def image_learner(
     tasks: OwnTasks,
     method: str | type[LifelongNetwork] = DFCNN,  # or its name, such as "STL-large"
-    epochs: int | None = None,  # per task, at most; None: 40
-    patience: int | None = None,  # epochs without a smaller validation loss, after which a task ends; None: 6; 0: never
-    lr: float | None = None,  # of a task's first epoch; None: 3e-4
-    decay: float | None = None,  # of it, per epoch; None: 0.01
-    batch_size: int | None = None,  # images; None: 10
-    seed: int = 0,  # of initial values, batches and dropout
+    *,
     tfms: Sequence[Callable] = (),  # fastai's batch transforms, in training
     device: str = "auto",
     folder: str | Path | None = None,  # keep the model here while it learns, and go on from what is there
+    **kwargs: Any,  # of `FitSettings`
 ) -> ImageLearner:
     "A model for a user's own tasks; `fit()` trains it."
     if not isinstance(tasks, OwnTasks):
@@ -245,8 +241,7 @@ def image_learner(
     if not tasks:
         raise BadInput("There are no tasks to learn.")
     method, prepare = find_method(method), tasks.prepare
-    given = dict(epochs=epochs, patience=patience, lr=lr, decay=decay, batch_size=batch_size, seed=seed)
-    settings = FitSettings(**{k: v for k, v in given.items() if v is not None})
+    settings = FitSettings(**kwargs)
     outputs = max(len(t.classes) for t in tasks)
     arch = architecture_for(prepare.channels, prepare.size, outputs, method.size)
     network = method.network(arch, stream_seed(settings.seed, "init"), length=len(tasks))
@@ -648,7 +643,7 @@ def _build(about: dict[str, Any], folder: Path, device: torch.device, tfms: Sequ
     learn = ImageLearner(network.to(device).eval(), method, tasks, prepare, settings, device, folder if keep else None, tfms)
     numbers = {k: t for k, t in HISTORY.items() if t != "object"}  # all else is text, whatever it looks like
     learn.history = pd.read_csv(folder / about["files"]["history"]["name"], dtype=dict.fromkeys([*HISTORY, "task"], str) | numbers, keep_default_na=False, na_values=dict.fromkeys(numbers, ""))
-    learn.learned, learn.made_with = [Learned(**of) for of in about["tasks"]], about["dfcnn"]
+    learn.learned = [Learned(**of) for of in about["tasks"]]
     return learn
 
 # %% ../nbs/50_vision.ipynb #c6615dc3

@@ -38,7 +38,6 @@ from dfcnn.experiments.verdicts import (
     above,
     below,
     difference,
-    once,
     ratio,
     single,
     studies,
@@ -59,8 +58,8 @@ def _mean(series: pd.Series, tasks: Sequence[int]) -> float:
     return float(series.reindex(tasks).mean(skipna=False))
 
 
-_peaks = once(lambda r: 100 * peak_accuracy(r.history))  # indexed by task, points
-_curve = once(lambda r: forgetting_curve(r.history))  # indexed by distance
+_peaks = cache(lambda r: 100 * peak_accuracy(r.history))  # indexed by task, points
+_curve = cache(lambda r: forgetting_curve(r.history))  # indexed by distance
 
 
 def _change(r: Record) -> pd.Series:  # indexed by task, points

@@ -9,7 +9,6 @@ import json
 from dataclasses import MISSING, dataclass, fields
 from functools import cache
 from typing import Callable, Sequence
-from weakref import WeakKeyDictionary
 
 import numpy as np
 import pandas as pd
@@ -27,7 +26,7 @@ from .records import Record
 
 # %% auto #0
 __all__ = ['WIDE', 'NONE', 'APART', 'LENGTH', 'LEANS', 'NOT_RUN', 'Rule', 'above', 'below', 'within', 'studies', 'variant',
-           'once', 'Metric', 'schedule_of', 'doubts', 'Evidence', 'single', 'difference', 'ratio', 'Counted']
+           'Metric', 'schedule_of', 'doubts', 'Evidence', 'single', 'difference', 'ratio', 'Counted']
 
 # %% ../../nbs/38_verdicts.ipynb #9f659e1d
 @dataclass(frozen=True)
@@ -107,18 +106,6 @@ def variant(config: RunConfig) -> str:
     )
 
 # %% ../../nbs/38_verdicts.ipynb #19052144
-def once(function: Callable) -> Callable:
-    "A function of a record that is carried out once for each, since many claims ask for the same."
-    known: WeakKeyDictionary = WeakKeyDictionary()
-
-    def of(record: Record):
-        if record not in known:
-            known[record] = function(record)
-        return known[record]
-
-    return of
-
-
 @dataclass(frozen=True)
 class Metric:
     "A number of a run."
@@ -127,7 +114,7 @@ class Metric:
     of: Callable[[Record], float]
 
     def __post_init__(self):
-        object.__setattr__(self, "of", once(self.of))
+        object.__setattr__(self, "of", cache(self.of))  # many claims ask for the same
 
 # %% ../../nbs/38_verdicts.ipynb #1ff043ab
 def schedule_of(record: Record) -> str:

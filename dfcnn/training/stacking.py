@@ -416,7 +416,7 @@ class Pause(FitCallback):
     order = 5  # before `Evaluate`
 
     def __init__(self, wait: Callable[[TaskLearner], None]):
-        self.wait, self.paused = wait, False
+        self.wait = wait
 
     def after_epoch(self):
         self.wait(self.learn)
