@@ -317,13 +317,15 @@ COMPARED = {  # figures of `summarize` -> title, scale, form
 def methods_by_settings(
     published: Sequence[Record],
     other: Sequence[Record],  # of one study with other settings
-) -> pd.DataFrame:  # a row for each method, "published → other" as text; means over trials
-    "What other settings do to each method, on the same tasks: the longest published study beside another."
-    same = next(iter(studies(on_tasks(published, tasks_of(other)))), [])
-    means = lambda records, m: pd.DataFrame([summarize(r.history) for r in records if r.config.method == m]).mean()
+) -> pd.DataFrame:  # a row for each method, "published → other" as text; means over the trials that both have
+    "What other settings do to each method, on the same tasks and images and after as many epochs."
+    as_long = lambda r: (r.config.epochs, r.made_with["data"]) == (other[0].config.epochs, other[0].made_with["data"])
+    same = next(iter(studies([r for r in on_tasks(published, tasks_of(other)) if as_long(r)])), [])
+    figures = lambda records, m: {r.config.trial: summarize(r.history) for r in records if r.config.method == m}
     rows = {}
     for m in dict.fromkeys(r.config.method for r in other):
-        if any(r.config.method == m for r in same):
-            a, b = means(same, m), means(other, m)
+        before, after = figures(same, m), figures(other, m)
+        if both := [t for t in after if t in before]:
+            a, b = (pd.DataFrame([of[t] for t in both]).mean() for of in (before, after))
             rows[title_of(m)] = {title: f"{form} → {form}".format(scale * a[k], scale * b[k]) for k, (title, scale, form) in COMPARED.items()}
     return pd.DataFrame(rows).T.rename_axis("model")
