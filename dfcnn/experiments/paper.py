@@ -27,7 +27,7 @@ from .engine import Engine, step_flops
 from .figures import method_of
 from .records import Record, load_records
 from .runs import using_threads
-from .studies import RunsFailed, Study, lifelong_study, multitask_study
+from .studies import RunsFailed, Study, lifelong_study, make_folder, multitask_study
 from .comparison import SideBySide, side_by_side
 
 # %% auto #0
@@ -348,8 +348,10 @@ def whole_paper(
     "Check everything, and list what there is and what is missing."
     hours = check_number("hours", hours, 0, whole=False)
     engine = Engine(device=device, workers=workers, scheduler=scheduler if hours else None)
-    if not hours and not check_path("records", records).is_dir():
+    check_path("records", records), check_path("output_dir", output_dir)
+    records, output_dir = Path(records).expanduser(), Path(output_dir).expanduser()
+    if not hours and not records.is_dir():
         raise BadInput(f"There is no folder '{records}'. Parameter 'records' names one with run records below it.")
     if data_dir is not None and hours and not check_path("data_dir", data_dir).exists():
         raise BadInput(f"Data folder '{data_dir}' does not exist. Parameter 'data_dir' names one with your images.")
-    return Paper(hours, Path(records), Path(output_dir), engine, data_dir)
+    return Paper(hours, make_folder(records, "records"), make_folder(output_dir), engine, data_dir)

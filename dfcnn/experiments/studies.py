@@ -37,8 +37,8 @@ from dfcnn.experiments.engine import (
 from .records import Record, made_with
 
 # %% auto #0
-__all__ = ['Study', 'RunsFailed', 'split_names', 'pick_methods', 'base_config', 'check_places', 'lay_out', 'lifelong_study',
-           'multitask_study', 'notebook_parameters']
+__all__ = ['Study', 'RunsFailed', 'split_names', 'pick_methods', 'base_config', 'make_folder', 'check_places', 'lay_out',
+           'lifelong_study', 'multitask_study', 'notebook_parameters']
 
 # %% ../../nbs/35_studies.ipynb #8abf4ae1
 @dataclass
@@ -268,6 +268,18 @@ def base_config(
     return published(dataset.name, "STL", tasks=tasks, seed=check_number("seed", seed, 0), **settings)
 
 
+def make_folder(
+    folder: Path,
+    what: str = "output_dir",  # the parameter that names it
+) -> Path:  # the same
+    "Make a folder where there is none yet, or say why that is impossible."
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise BadInput(f"Output folder '{folder}' cannot be made ({e}). Choose another {what}.") from e
+    return folder
+
+
 def check_places(
     dataset: DataSet,
     data_dir: str | None,  # where the user's images are; None: download, or drawn by the package
@@ -308,11 +320,7 @@ def lay_out(
         )
     if engine.stack is None:
         engine = replace(engine, stack=can_stack and engine.device.type == "cuda")
-    output = Path(output_dir).expanduser() / folder
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise BadInput(f"Output folder '{output}' cannot be made ({e}). Choose another output_dir.") from e
+    output = make_folder(Path(output_dir).expanduser() / folder)
     images = dataset.images(data_dir)
     picked = [
         d.pick(images, name, classes, config.seed, trial=0)  # says where there are too few images
