@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import platform
 import subprocess
 from contextlib import contextmanager
@@ -37,8 +38,8 @@ from .metrics import scored_every, summarize, summarize_together
 
 # %% auto #0
 __all__ = ['PROBED', 'PACKAGE', 'SAME', 'Record', 'write_history', 'read_history', 'history_checksum', 'kept_of', 'load_record',
-           'scored_rarely', 'scored_alike', 'load_records', 'probe_tasks', 'probe', 'git_revision', 'made_with',
-           'same_numbers', 'changes', 'folder_lock', 'set_aside', 'differing_settings', 'read_config',
+           'scored_rarely', 'scored_alike', 'complete_folders', 'load_records', 'probe_tasks', 'probe', 'git_revision',
+           'made_with', 'same_numbers', 'changes', 'folder_lock', 'set_aside', 'differing_settings', 'read_config',
            'reuse_or_set_aside', 'made_by', 'load_network']
 
 # %% ../../nbs/32_records.ipynb #e6903182
@@ -143,11 +144,26 @@ def scored_alike(
     return list(found.values())
 
 
+def complete_folders(
+    folder: str | Path,  # is searched with all folders in it, those behind links too
+) -> list[Path]:
+    "Folders of complete records, each once."
+    found, seen = [], set()
+    for at, below, files in os.walk(folder, followlinks=True):
+        below.sort()  # where two paths lead to a folder, it is always the same one that counts
+        if (real := os.path.realpath(at)) in seen:
+            below.clear()
+        elif "summary.json" in files:
+            found.append(Path(at))
+        seen.add(real)
+    return sorted(found)
+
+
 def load_records(
-    folder: str | Path,  # is searched with all folders in it
+    folder: str | Path,  # is searched as by `complete_folders`
 ) -> list[Record]:
     "All complete records below `folder`, methods in the order of `METHODS`, those of one folder scored alike."
-    done = [f.parent for f in sorted(Path(folder).rglob("summary.json"))]
+    done = complete_folders(folder)
     records = [load_record(f) for f in done if f.parent.name != "superseded"]
     return sorted(scored_alike(records), key=lambda r: [*METHODS, r.config.method].index(r.config.method))
 
