@@ -232,7 +232,7 @@ class Paper:
     stages: Sequence[Stage] = PLAN
 
     def __post_init__(self):
-        found = load_records(self.records) if self.records.is_dir() else []
+        found = load_records(self.records, alike=False) if self.records.is_dir() else []
         self.inventory = Inventory(found, self.data_dir)
         self.rows, begun, spent = [], set(), 0.0
         for stage in self.stages:

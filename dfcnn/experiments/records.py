@@ -161,11 +161,12 @@ def complete_folders(
 
 def load_records(
     folder: str | Path,  # is searched as by `complete_folders`
+    alike: bool = True,  # those of one folder as rarely scored as the rarest of them; False: as they are on disk
 ) -> list[Record]:
-    "All complete records below `folder`, methods in the order of `METHODS`, those of one folder scored alike."
+    "All complete records below `folder`, methods in the order of `METHODS`."
     done = complete_folders(folder)
     records = [load_record(f) for f in done if f.parent.name != "superseded"]
-    return sorted(scored_alike(records), key=lambda r: [*METHODS, r.config.method].index(r.config.method))
+    return sorted(scored_alike(records) if alike else records, key=lambda r: [*METHODS, r.config.method].index(r.config.method))
 
 # %% ../../nbs/32_records.ipynb #dd511e56
 PROBED = 8  # images of each set of a task
