@@ -22,6 +22,7 @@ import joblib
 import torch
 from fastcore.basics import patch
 from fastprogress import progress_bar
+from filelock import Timeout
 from joblib.externals.loky import get_reusable_executor
 from safetensors import SafetensorError, safe_open
 from torch.utils.flop_counter import FlopCounterMode
@@ -308,9 +309,9 @@ def run_in_worker(
         cbs = [[ReportProgress(f / "progress.json", where["asker"]), *stop] for f in folders]
         device = pick_device(where["device"], where["tf32"])
         return list(
-            zip(configs, run_together(configs, images, where["output_dir"], device, cbs, where["threads"]))
+            zip(configs, run_together(configs, images, where["output_dir"], device, cbs, where["threads"], until=until))
         )
-    except TimeIsUp:
+    except (TimeIsUp, Timeout):  # of a run, or of waiting for another process that is at work on it
         return [(c, Unfinished(c)) for c in configs]
     except Exception as e:
         if len(configs) == 1:

@@ -10,6 +10,7 @@ import json
 import os
 import platform
 import subprocess
+import time
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
@@ -288,7 +289,10 @@ def changes(
 
 # %% ../../nbs/32_records.ipynb #4557febe
 @contextmanager
-def folder_lock(folder: Path):
+def folder_lock(
+    folder: Path,
+    until: float | None = None,  # `time.time()` of the moment at which waiting ends with a `Timeout`; None: never
+):
     "Wait until no other process works in `folder`; the system frees it when a process dies."
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / ".lock")
@@ -296,7 +300,7 @@ def folder_lock(folder: Path):
         lock.acquire(timeout=0)
     except Timeout:
         print(f"Another process is at work in '{folder}'. Waiting until it has ended.", flush=True)
-        lock.acquire()
+        lock.acquire(timeout=-1 if until is None else max(0.0, until - time.time()))
     try:
         for leftover in (*folder.glob(".*.*"), *folder.glob(".tmp*")):  # half-written by a process that was killed
             leftover.unlink()

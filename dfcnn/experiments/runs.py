@@ -173,6 +173,7 @@ def run_together(
     cbs: Sequence[Sequence[Callback]] | None = None,  # more callbacks for each run, such as a progress bar
     threads: int = 1,  # of torch on a CPU; the last digits depend on it
     checkpoint_every: float = 120.0,  # seconds
+    until: float | None = None,  # `time.time()` of the moment at which waiting for another process ends; None: never
 ) -> list[Record]:
     "Train and evaluate the trials of a method as one (see `27_stacking`), and leave a record of each, as `run` does."
     device = pick_device(device) if isinstance(device, str) else device
@@ -181,7 +182,7 @@ def run_together(
     folders = [Path(output_dir) / c.name for c in configs]
     with ExitStack() as stack:
         for folder in folders:
-            stack.enter_context(folder_lock(folder))
+            stack.enter_context(folder_lock(folder, until))
         stack.enter_context(using_threads(threads))
         pending = [
             PendingRun(c, images, folder, device, own, checkpoint_every)
