@@ -300,7 +300,10 @@ def run_in_worker(
         return [(c, Unfinished(c)) for c in configs]
     gc.collect()  # what earlier runs of this process have left on a GPU, and a group whose error is over
     try:
-        images = images or _images(configs[0].dataset, where["data_dir"])
+        load = lambda: _images(configs[0].dataset, where["data_dir"])
+        if images is None and (images := load()).fingerprint != made_of[0]:  # the files may have changed since
+            _images.cache_clear()
+            images = load()
         if (images.fingerprint, PACKAGE) != made_of:
             raise BadInput(
                 "This worker has other images, or another version of dfcnn, than the process that asks."
