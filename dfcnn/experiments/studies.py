@@ -195,7 +195,8 @@ def run(self: Study) -> list[Record]:  # of the runs that are complete, which ar
     titles = {c: self.title_of(c) for c in self.configs}
     several = self.engine.workers > 1 or self.engine.scheduler
     work = {c: epochs[c] * step_flops(c.method, self.dataset.architecture, c.tasks) if several else 0 for c in self.configs}
-    left, results, deaths = sorted(self.configs, key=work.get, reverse=True), {}, 0
+    turn = lambda c: (c.trial if self.until else 0, -work[c])  # where time runs out, what is compared is there early
+    left, results, deaths = sorted(self.configs, key=turn), {}, 0
     with ProgressMonitor(titles, epochs, self.output_dir) as monitor:
 
         def finish(c: RunConfig, result: Record | Failure | Unfinished):
