@@ -163,17 +163,20 @@ def title_of(self: Study, config: RunConfig) -> str:
 @patch
 def report_failures(
     self: Study,
-    failures: list[Failure],
+    results: Sequence[Record | Failure | Unfinished],
     titles: dict[RunConfig, str],  # of all runs, whatever became of them
 ) -> None:
-    "Raise `RunsFailed` where there are any."
+    "Raise `RunsFailed` where there are failures."
+    failures = [r for r in results if isinstance(r, Failure)]
+    begun = sum(isinstance(r, Unfinished) for r in results)
     why = [self.output_dir / f.config.name / "error.txt" for f in failures]
     more = [f" Traceback: {path}" if path.exists() else "" for path in why]
     lines = [f"{titles[f.config]}: {f.error}{m}" for f, m in zip(failures, more)]
     if failures:
         raise RunsFailed(
-            f"{len(failures)} of {len(titles)} runs failed. The others are complete and kept; the same"
-            " command goes on with these:\n" + "\n".join(lines)
+            f"{len(failures)} of {len(titles)} runs failed. The others are complete and kept"
+            + f", but for {begun} whose time was over" * bool(begun)
+            + "; the same command goes on with these:\n" + "\n".join(lines)
         )
 
 
@@ -219,7 +222,7 @@ def run(self: Study) -> list[Record]:  # of the runs that are complete, which ar
                 else:
                     print(f"{e}. Its runs go on from their checkpoints.", flush=True)
                 deaths = 0 if alone else deaths + 1
-    self.report_failures([r for r in results.values() if isinstance(r, Failure)], titles)
+    self.report_failures(list(results.values()), titles)
     return [results[c] for c in self.configs if not isinstance(results[c], Unfinished)]
 
 # %% ../../nbs/35_studies.ipynb #47ae94fb
