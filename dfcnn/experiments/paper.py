@@ -293,24 +293,32 @@ def train(self: Paper) -> None:
     "Train what is missing, stage by stage, until it is done or the time is up."
     until = time.time() + 3600 * self.hours
     engine = {k: getattr(self.engine, k) for k in ("device", "workers", "scheduler")}
-    for stage, missing, _, when, _ in self.rows:
+    left_out = []
+    for stage in self.stages:
         if not self.hours or time.time() >= until:
             break
-        if not missing or not self.inventory.fetch(stage.datasets[0]):
+        at_hand = self.inventory.fetch(stage.datasets[0])  # what is missing depends on the images
+        missing = [c for c in stage.configs() if not self.inventory.has(c)]
+        if not missing:
+            continue
+        if not at_hand:
+            left_out.append(stage.what)
             continue
         print(f"{stage.what}: {len(missing)} runs", flush=True)
-        study = stage.study(data_dir=self.data_dir, **engine, output_dir=str(self.records / "runs"))
-        study.configs = [c for c in study.configs if not self.inventory.has(c)]
-        study.until = until
         try:
+            study = stage.study(data_dir=self.data_dir, **engine, output_dir=str(self.records / "runs"))
+            study.configs = [c for c in study.configs if not self.inventory.has(c)]
+            study.until = until
             done = study.run()
-        except RunsFailed as e:  # the others are complete, and later stages have their turn
+        except (RunsFailed, BadInput) as e:  # what is complete is kept, and later stages have their turn
             print(e, flush=True)
+            left_out.append(stage.what)
             continue
         for record in done:
             self.inventory.there.setdefault(record.config, set()).add(record.made_with["data"])
     if self.hours:
-        print("The time is up." if time.time() >= until else "There is nothing left to train.", "What follows is drawn from what is complete.", flush=True)
+        rest = f"Not all could be trained of: {'; '.join(left_out)}." if left_out else "There is nothing left to train."
+        print("The time is up." if time.time() >= until else rest, "What follows is drawn from what is complete.", flush=True)
 
 # %% ../../nbs/41_paper.ipynb #31908fa2
 @patch
