@@ -155,9 +155,9 @@ def caption(
 ) -> str:
     "On what the numbers stand: data, trials, length."
     c = records[0].config
-    each = {r.config.method: set() for r in records}
+    each = {(r.config.dataset, r.config.method): set() for r in records}  # a table may have several fractions
     for r in records:
-        each[r.config.method].add(r.config.trial)
+        each[r.config.dataset, r.config.method].add(r.config.trial)
     least, trials = min(map(len, each.values())), max(map(len, each.values()))
     counted = f"{least} to {trials} trials" if least < trials else f"{trials} trial{'s' * (trials > 1)}"
     seed = f", seed {c.seed}" if c.seed else ""
@@ -171,7 +171,7 @@ def caption(
     other = "".join(f", {k} {v}" for k, v in c.stated.items() if k in LATER)
     other += f", tasks drawn {c.schedule}" * (c.together and c.schedule != "uniform")
     title = DATASETS[c.dataset].title
-    if c.together:  # one of the fractions is in the title; a table may have several
+    if c.together:  # one of the fractions is in the title
         fractions = dict.fromkeys(DATASETS[r.config.dataset].fraction for r in records)
         title = title.replace(f" {DATASETS[c.dataset].fraction} of", f" {', '.join(fractions)} of")
     return f"{title}. {counted}{few}, {length}{scored}{other}{seed}."
@@ -634,7 +634,8 @@ def write_report(
     paths = []
     for name, draw in report.items():
         drawn, path = draw(records), folder / name.replace(".", suffix + ".")
-        if drawn is None:  # these records have nothing to show there
+        if drawn is None:  # these records have nothing to show there, whatever earlier ones had
+            path.unlink(missing_ok=True)
             continue
         paths.append(path)
         with writing(path) as part:
