@@ -14,7 +14,7 @@ import pandas as pd
 
 from ..core import BadInput, writing
 from ..data.datasets import DATASETS
-from ..methods.registry import title_of
+from ..methods.registry import METHODS, title_of
 from .claims import C, ERROR, FIFTH, O, PEAK, POINTS, claims, findings, scorecard
 from dfcnn.experiments.figures import (
     SETTINGS,
@@ -242,11 +242,16 @@ def side_by_side(
             f"There is no folder '{records}'. Parameter 'records' names one with run records below it."
         )
     by: dict[str, list[Record]] = {"": []}
+    others: set[str] = set()
     for r in load_records(records):
         aside = set(left_out) & set(r.folder.relative_to(records).parts)
         known = r.config.dataset in DATASETS and not DATASETS[r.config.dataset].own  # the paper says nothing of own images
-        if known and not aside:
+        if known and not aside and r.config.method in METHODS:
             by.setdefault(variant(r.config), []).append(r)
+        elif known and not aside:
+            others.add(r.config.method)
+    if others:
+        print(f"Left out are records of methods that are not listed here: {', '.join(sorted(others))}.", flush=True)
     if not sum(map(len, by.values())) and not may_be_empty:
         raise BadInput(
             f"There are no complete run records below '{records}'. `papermill nbs/lifelong.ipynb` makes some."

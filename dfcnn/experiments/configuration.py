@@ -138,9 +138,10 @@ def learning(self: RunConfig) -> dict[str, Any]:
 
 # %% ../../nbs/31_configuration.ipynb #d4f42eb0
 @patch
-def check_listed(self: RunConfig):
+def check_listed(self: RunConfig, method: bool = True):  # is the method needed, too?
     "Refuse a data set or a method that this process does not list."
-    for what, name, listed in (("data set", self.dataset, DATASETS), ("method", self.method, METHODS)):
+    needed = [("data set", self.dataset, DATASETS)] + method * [("method", self.method, METHODS)]
+    for what, name, listed in needed:
         if name not in listed:
             raise BadInput(
                 f"The {what} {brief(name)} is not listed in this process. Listed are {', '.join(listed)}. A"
@@ -158,7 +159,7 @@ def classes(self: RunConfig) -> int | list[int]:
 @patch(as_prop=True)
 def short(self: RunConfig) -> str:
     "What is shorter than in the paper, in words; empty for the paper's full schedule."
-    self.check_listed()
+    self.check_listed(method=False)
     if DATASETS[self.dataset].own:
         return ""
     paper, full = TRAINING[DATASETS[self.dataset].architecture], len(DATASETS[self.dataset].groups())
@@ -169,7 +170,7 @@ def short(self: RunConfig) -> str:
 @patch(as_prop=True)
 def length(self: RunConfig) -> str:
     "How long the run is, beside the paper's, in words."
-    data, short = DATASETS[self.dataset], self.short
+    short, data = self.short, DATASETS[self.dataset]
     per = "in all" if self.together else "per task"
     paper = None if data.own else TRAINING[data.architecture].epochs
     if data.own or self.epochs < paper:
