@@ -37,7 +37,7 @@ __all__ = ['SUPERCLASS', 'KEPT', 'EPOCHS', 'TASKS', 'SCORES', 'transfer_matrix',
            'KeepShared', 'in_turn', 'base_movement', 'movement_figure', 'filter_cosine', 'cka', 'layer_outputs',
            'filter_similarity', 'common_superclasses', 'alike_on_average', 'class_alikeness', 'rank_correlation',
            'agreement_table', 'agreement_figure', 'BaseTimes', 'with_base', 'factor_of', 'base_table', 'base_figure',
-           'analysis_study', 'run_and_keep', 'before_training']
+           'records_to_show', 'analysis_study', 'run_and_keep', 'before_training']
 
 # %% ../../nbs/44_analysis.ipynb #a4200006
 def transfer_matrix(
@@ -430,6 +430,23 @@ KEPT = "shared.safetensors"  # beside a record: what `KeepShared` has written
 EPOCHS, TASKS, SCORES = 10, 5, 5  # of a short run: per task, on a stand-in, and scores of a task while it is trained
 
 
+def records_to_show(
+    folder: str | Path,  # is searched with all folders in it
+) -> list[Record]:  # of tasks that were learned one after the other
+    "The records of a folder, or a `BadInput` that says why their transfer cannot be shown."
+    found = [r for r in load_records(folder) if not r.config.together and r.config.tasks > 1]
+    if not found:
+        raise BadInput(f"There are no complete records of several tasks learned one after the other below '{folder}'.")
+    by_method(found)  # may they be shown together?
+    found[0].config.check_listed(method=False)
+    if all(r.config.method == "STL" for r in found):
+        raise BadInput(f"All records below '{folder}' are of STL, whose tasks do not touch each other. Name other 'records'.")
+    for r in found:
+        if not r.made_with.get("tasks"):
+            raise BadInput(f"The record in '{r.folder}' does not name its tasks. Name other 'records', or make it anew.")
+    return found
+
+
 @delegates(lifelong_study, but=["methods", "loss", "mean_squares_restart", "score_every", "eval_every", "size"])
 def analysis_study(
     dataset: str = "shapes",
@@ -455,12 +472,7 @@ def analysis_study(
     often = dict(score_every=scoring_interval(epochs, SCORES if epochs <= EPOCHS else 200))
     there = [f for f in ("reports/full/cifar100", "reports/long/cifar100") if Path(f).is_dir()]
     known = there if records is None else split_names("records", records, ["reports/full/cifar100"])
-    groups = []
-    for folder in known:
-        if not (found := [r for r in load_records(folder) if not r.config.together and r.config.tasks > 1]):
-            raise BadInput(f"There are no complete records of several tasks learned one after the other below '{folder}'.")
-        by_method(found)  # may they be shown together?
-        groups.append(found)
+    groups = [records_to_show(folder) for folder in known]
     given = dict(dataset=dataset, methods=methods, epochs=epochs, tasks=tasks, trials=trials, output_dir=output_dir)
     study = lifelong_study(**given, **often, **kwargs)
     if study.configs[0].tasks < 2:
