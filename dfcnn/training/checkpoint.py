@@ -125,7 +125,7 @@ class Checkpoint(FitCallback):
     """
 
     order = 60  # when the epoch has been scored
-    asked = False  # was there a checkpoint to begin from?
+    asked = False  # has it looked for a checkpoint to begin from?
 
     def __init__(
         self,
