@@ -9,8 +9,9 @@ from dfcnn.core import BadInput, precision
 from dfcnn.data.tasks import Task
 from dfcnn.methods.architectures import architecture_called
 from dfcnn.methods.expandable import DEN, Growth
-from dfcnn.methods.registry import METHODS, build_network
-from dfcnn.testing import noise_tasks
+from dfcnn.methods.factorize import NetworkMethod
+from dfcnn.methods.registry import METHODS, build_network, register
+from dfcnn.testing import noise_tasks, plain_cnn
 from dfcnn.training.audit import Audit
 from dfcnn.training.evaluation import score
 from dfcnn.training.learner import Callback, lifelong_learner, task_learner, train
@@ -28,8 +29,31 @@ def small_tasks(n=3, images=20) -> list[Task]:
     return noise_tasks(n, (images, 10, 30), side=8, classes=10, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.fixture(params=[m for m in METHODS if not METHODS[m].beyond])  # these: tests/test_factorize.py
+class SmallDF(NetworkMethod):
+    "A plain network with normalization and dropout, factorized."
+
+    how = dict(head="10", budget=1.2)
+
+    @staticmethod
+    def build() -> torch.nn.Module:
+        return plain_cnn()
+
+
+class SmallHPS(SmallDF):
+    how = dict(head="10", layers={torch.nn.Conv2d: "shared"})
+
+
+class SmallSTL(SmallDF):
+    how = dict(head="10", layers={torch.nn.Conv2d: "own"})
+
+
+NETWORKS = {"small-DF": SmallDF, "small-HPS": SmallHPS, "small-STL": SmallSTL}  # in the place of the large ones that are listed
+
+
+@pytest.fixture(params=[*(m for m in METHODS if not METHODS[m].beyond), *NETWORKS])
 def method(request):
+    if request.param in NETWORKS:
+        register(request.param, NETWORKS[request.param])
     return request.param
 
 
@@ -190,7 +214,7 @@ def test_stacked_trials_get_the_numbers_that_they_get_alone(method, double_preci
 def test_images_are_shuffled_and_dropout_takes_part(method, how):
     learn = learner(method, epochs=2)
     images = learn.dls.train.tasks[2].train.x.flatten(1)
-    seen, kept = [], []
+    seen, masks, kept = [], [], []
 
     def note_images(network, given):
         if network.training and given[1] == 2:
@@ -200,20 +224,23 @@ def test_images_are_shuffled_and_dropout_takes_part(method, how):
         if dropout.training:
             left = result != 0
             torch.testing.assert_close(result[left], 2 * given[0][left])
+            masks.append(left)
             kept.append(left[given[0] != 0].float().mean().item())
 
     class Attach(Callback):
         def before_phase(self):
             if self.learn.task == 2 and not self.model._forward_pre_hooks:
                 self.model.register_forward_pre_hook(note_images)
-                self.model.head_of(2).dropout.register_forward_hook(note_dropout)
+                of_head = getattr(self.model.head_of(2), "dropout", None)
+                dropout = of_head or next(m for m in self.model.modules() if isinstance(m, torch.nn.Dropout))
+                dropout.register_forward_hook(note_dropout)
 
     learn.add_cb(Attach())
     how(learn)
     first, second = seen[:20], seen[20:]
     assert sorted(first) == sorted(second) == list(range(20)) and first != second
     assert sorted(first) != first and sorted(second) != second
-    assert len(kept) == 4 == len(set(kept)) and abs(sum(kept) / 4 - 0.5) < 0.05
+    assert len({str(mask.tolist()) for mask in masks}) == 4 == len(kept) and abs(sum(kept) / 4 - 0.5) < 0.05
 
 
 def test_isolated_tasks_keep_their_score_exactly():
