@@ -286,6 +286,7 @@ def unavailable(name: str) -> Callable:
     "What stands for a method of fastai's Learner that needs fastai's data sets."
 
     def refuse(self: TaskLearner, *args, **kwargs):
+        "Refused: it needs fastai's data sets."
         raise BadInput(f"`{name}` needs fastai's data sets, and tasks are tensors. `get_preds` and `validate` work; of your own images, see `dfcnn.vision`.")
 
     return refuse
