@@ -28,6 +28,7 @@ with warnings.catch_warnings():  # fastai 2.8 imports parts of torch that are ab
     warnings.simplefilter("ignore")
     from fastai.callback.core import Callback, CancelEpochException, TrainEvalCallback
     from fastai.callback.fp16 import MixedPrecision
+    from fastai.callback.mixup import MixHandler
     from fastai.callback.schedule import ParamScheduler, combined_cos
     from fastai.callback.tracker import ReduceLROnPlateau, SaveModelCallback
     from fastai.data.core import DataLoaders
@@ -106,7 +107,7 @@ def refuse_callbacks(self: TaskLearner) -> None:
     for cb in self.cbs:
         if isinstance(cb, MixedPrecision) and self.dls.device.type != "cuda":
             raise BadInput("MixedPrecision does nothing on a CPU. Leave it out, or train on a GPU.")
-        if any(kind.__name__ == "MixHandler" for kind in type(cb).__mro__):  # by its name: to import it takes a second
+        if isinstance(cb, MixHandler):
             raise BadInput(f"{type(cb).__name__} mixes what a network is given, and that holds the task. Mix images in a callback of your own.")
         if isinstance(cb, ReduceLROnPlateau):
             raise BadInput("ReduceLROnPlateau would be overruled: every epoch's learning rate is that of the decay.")
