@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import ctypes
 import difflib
+import errno
 import hashlib
+import json
 import os
 import re
 import tempfile
 import unicodedata
+import warnings
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -19,11 +22,13 @@ from typing import Any, Iterable
 
 import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 # %% auto #0
 __all__ = ['LARGEST', 'BadInput', 'brief', 'composed', 'simplify', 'check_choice', 'check_number', 'check_path', 'stream_seed',
            'stream', 'drawing_gpus', 'seeded', 'pick_device', 'precision', 'keep_memory', 'writing', 'write_text',
-           'cache_dir']
+           'checksum', 'save_tensors', 'load_tensors', 'cache_dir', 'quiet_imports']
 
 # %% ../nbs/00_core.ipynb #08872d6c
 class BadInput(ValueError):
@@ -195,8 +200,59 @@ def write_text(path: str | Path, text: str) -> Path:
         part.write_text(text, encoding="utf-8")
     return Path(path)
 
+# %% ../nbs/00_core.ipynb #c0de0002
+def checksum(
+    tensors: dict[str, torch.Tensor],
+    about: dict[str, str],  # what is said about them
+) -> str:  # 64 hexadecimal digits
+    "SHA-256 of names, types, shapes and values, and of what is said about them."
+    h = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
+    for name in sorted(tensors):
+        t = tensors[name]
+        h.update(f"{name} {t.dtype} {list(t.shape)}".encode())
+        h.update(t.reshape(-1).view(torch.uint8).numpy())
+    return h.hexdigest()
+
+
+def save_tensors(
+    tensors: dict[str, torch.Tensor],  # on any device
+    path: str | Path,  # the file to write
+    **about: str,  # short texts that are kept with them
+) -> None:
+    "Write named tensors, with short texts about them, to a safetensors file, whole or not at all."
+    apart = {k: t.detach().cpu().clone(memory_format=torch.contiguous_format) for k, t in tensors.items()}
+    try:
+        with writing(path) as part:
+            save_file(apart, part, {**about, "sha256": checksum(apart, about)})
+    except (SafetensorError, OSError) as e:
+        barred = getattr(e, "errno", None) in (errno.EACCES, errno.EPERM, errno.EROFS)
+        hint = " May you write there?" if barred else " Is the disk full?"
+        raise OSError(f"'{path}' could not be written ({e}).{hint} What was there before is as it was.") from e
+
+
+def load_tensors(
+    path: str | Path,
+) -> tuple[dict[str, torch.Tensor], dict[str, str]]:  # the tensors, on the CPU, and what is said about them
+    "What `save_tensors` has written, or a `BadInput` where it is not whole."
+    try:
+        with safe_open(path, "pt") as f:
+            about, tensors = f.metadata() or {}, {k: f.get_tensor(k) for k in f.keys()}
+    except (SafetensorError, OSError) as e:
+        raise BadInput(f"'{path}' is not a whole safetensors file ({e}).") from e
+    if about.pop("sha256", None) != checksum(tensors, about):
+        raise BadInput(f"'{path}' is damaged: its checksum does not fit its content.")
+    return tensors, about
+
 # %% ../nbs/00_core.ipynb #5e95916b
 def cache_dir() -> Path:
     "The folder for decoded and downloaded data: `$DFCNN_CACHE`, else `dfcnn` in the user's cache folder."
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(os.environ.get("DFCNN_CACHE") or Path(home) / "dfcnn")
+
+# %% ../nbs/00_core.ipynb #c0de0006
+@contextmanager
+def quiet_imports():
+    "Let libraries be imported without warnings."
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield

@@ -10,7 +10,6 @@ import hashlib
 import json
 import os
 import tempfile
-import warnings
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -27,17 +26,7 @@ from scipy import stats
 from torch import nn
 
 import dfcnn
-from dfcnn.core import (
-    BadInput,
-    brief,
-    check_choice,
-    check_number,
-    check_path,
-    pick_device,
-    seeded,
-    stream_seed,
-    write_text,
-)
+from .core import BadInput, brief, check_choice, check_number, check_path, checksum, load_tensors, pick_device, quiet_imports, save_tensors, seeded, stream_seed, write_text
 from .data.folders import OwnTasks, Preparation, find_name, task_from_folder, tasks_from_datasets, tasks_from_folder
 from .data.images import file_sha256
 from .data.tasks import Split, Task
@@ -48,14 +37,13 @@ from .methods.factorize import FactorizedNetwork, Form
 from .methods.registry import METHODS, Method
 from .methods.sharing import HPS, STL
 from .training.callbacks import Augment, FitSettings, ShowEpochs, StopEarly
-from .training.checkpoint import Checkpoint, checksum, load_tensors, save_tensors
+from .training.checkpoint import Checkpoint
 from .training.evaluation import HISTORY, wilson
 from .training.learner import Callback, TaskLearner, task_learner
 from .training.schedule import Schedule
 from .training.stacking import train_together
 
-with warnings.catch_warnings():  # fastai 2.8 imports parts of torch that are about to go
-    warnings.simplefilter("ignore")
+with quiet_imports():
     from fastai.vision.augment import aug_transforms
 
 _all_ = ["DFCNN", "HPS", "STL", "OwnTasks", "aug_transforms", "tasks_from_datasets", "tasks_from_folder"]

@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 import torch
 
+from dfcnn.core import load_tensors
 from dfcnn.data.datasets import DATASETS
 from dfcnn.experiments.analysis import (
     KEPT,
@@ -32,7 +33,6 @@ from dfcnn.experiments.records import load_records
 from dfcnn.experiments.runs import run
 from dfcnn.methods.registry import build_network
 from dfcnn.testing import made_up
-from dfcnn.training.checkpoint import load_tensors
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMITTED = [r for f in ("full", "long") for r in sorted((ROOT / f"reports/{f}/cifar100").glob("*-trial0-*"))]

@@ -15,7 +15,7 @@ import torchvision
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from dfcnn.core import BadInput, seeded, stream
+from dfcnn.core import BadInput, save_tensors, seeded, stream
 from dfcnn.data.tasks import Split, Task
 from dfcnn.methods.architectures import ARCHITECTURES, Architecture
 from dfcnn.methods.deconvolutional import DFCNN
@@ -23,7 +23,6 @@ from dfcnn.methods.factorize import NetworkMethod, Plan, factorize
 from dfcnn.methods.registry import METHODS, build_network, can_build, register
 from dfcnn.testing import noise_tasks, plain_cnn
 from dfcnn.training.audit import Audit
-from dfcnn.training.checkpoint import save_tensors
 from dfcnn.training.evaluation import score
 from dfcnn.training.learner import Callback, lifelong_learner, train
 from dfcnn.training.optimizer import RMSProp, sum_cross_entropy

@@ -12,11 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from dfcnn.core import BadInput
+from dfcnn.core import BadInput, save_tensors
 from dfcnn.data.datasets import DATASETS
 from dfcnn.methods.expandable import DEN
 from dfcnn.methods.registry import build_network
-from dfcnn.training.checkpoint import save_tensors
 from dfcnn.experiments.configuration import RunConfig
 from dfcnn.experiments.records import folder_lock, load_network, load_record, made_by, made_with, probe
 from dfcnn.experiments.runs import run

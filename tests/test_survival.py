@@ -18,13 +18,12 @@ import pytest
 from dask.distributed import Client, LocalCluster
 from filelock import FileLock
 
-from dfcnn.core import BadInput
+from dfcnn.core import BadInput, load_tensors
 from dfcnn.data.datasets import DATASETS
 from dfcnn.data.images import Images
 from dfcnn.methods.base import count_parameters
 from dfcnn.methods.registry import build_network
 from dfcnn.testing import few_images
-from dfcnn.training.checkpoint import load_tensors
 from dfcnn.experiments.configuration import RunConfig
 from dfcnn.experiments.records import load_record
 from dfcnn.experiments.runs import run

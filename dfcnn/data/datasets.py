@@ -16,14 +16,7 @@ from .folders import own_data, read_folder
 from .images import Images
 from .sources import load_images
 from .shapes import shapes, shapes_home
-from dfcnn.data.tasks import (
-    DataSet,
-    Task,
-    cifar100_groups,
-    officehome_groups,
-    shapes_groups,
-    shapes_home_groups,
-)
+from .tasks import DataSet, Task, cifar100_groups, officehome_groups, shapes_groups, shapes_home_groups
 
 # %% auto #0
 __all__ = ['DRAWN', 'CIFAR_SPLIT', 'HOME_SPLIT', 'LIFELONG', 'MULTITASK', 'DATASETS', 'task_sequence', 'listed_by_user',

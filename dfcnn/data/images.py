@@ -12,10 +12,8 @@ from pathlib import Path
 from typing import Callable
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
-from ..core import BadInput, cache_dir, writing
+from ..core import BadInput, cache_dir, load_tensors, save_tensors
 
 
 # %% auto #0
@@ -105,29 +103,18 @@ def file_sha256(path: Path) -> str:
 # %% ../../nbs/01_images.ipynb #65700885
 def save_images(images: Images, path: Path) -> None:
     "Keep `images` as a safetensors file, written whole or not at all."
-    meta = dict(
-        classes=json.dumps(images.classes), parts=json.dumps(images.parts), fingerprint=images.fingerprint
-    )
-    with writing(path) as part:
-        save_file(dict(x=images.x, y=images.y, part=images.part), part, meta)
+    names = {k: json.dumps(getattr(images, k)) for k in ("classes", "parts")}
+    save_tensors(dict(x=images.x, y=images.y, part=images.part), path, **names, fingerprint=images.fingerprint)
 
 
 def load_saved(path: Path) -> Images | None:
-    "The images kept at `path`, or None where they are missing or do not pass their checksum."
+    "The images kept at `path`, or None where they are missing or are not what was kept."
     try:
-        if not path.is_file():
-            return None
-        with safe_open(path, "pt") as f:
-            meta = f.metadata()
-            images = Images(
-                *(f.get_tensor(k) for k in ("x", "y", "part")),
-                json.loads(meta["classes"]),
-                json.loads(meta["parts"]),
-                meta["fingerprint"],
-            )
-        return images if images.checksum() == images.fingerprint else None
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError):
+        tensors, about = load_tensors(path) if path.is_file() else ({}, {})
+        return Images(**tensors, classes=json.loads(about["classes"]), parts=json.loads(about["parts"]), fingerprint=about["fingerprint"])
+    except (BadInput, OSError, KeyError, TypeError, ValueError):
         return None
+
 
 # %% ../../nbs/01_images.ipynb #a3a95149
 def cached(
@@ -141,9 +128,9 @@ def cached(
         images = make()
         try:
             save_images(images, path)
-        except (OSError, SafetensorError) as e:
+        except OSError as e:
             print(
-                f"The image cache {str(path.parent)!r} cannot be written ({e}), so images are read anew each time. Let"
+                f"The image cache {str(path.parent)!r} cannot be written ({e.__cause__ or e}), so images are read anew each time. Let"
                 " DFCNN_CACHE name a folder that can be."
             )
     return images

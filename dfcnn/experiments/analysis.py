@@ -16,14 +16,13 @@ import torch
 from fastcore.meta import delegates
 from scipy import stats
 
-from ..core import BadInput, check_choice, check_number, stream
+from ..core import BadInput, check_choice, check_number, load_tensors, save_tensors, stream
 from ..data.datasets import DATASETS
 from ..data.sources import CIFAR100_SUPERCLASSES
 from ..data.tasks import Task
 from ..methods.base import LifelongNetwork, conv_block
 from ..methods.deconvolutional import DFCNN, SIZES, Sizes
 from ..methods.registry import METHODS, build_network, build_shapes, register, title_of
-from ..training.checkpoint import load_tensors, save_tensors
 from ..training.schedule import FitCallback
 from .configuration import RunConfig, scoring_interval
 from .figures import by_method, finish, panels, titled

@@ -18,31 +18,9 @@ from ..data.datasets import DATASETS
 from ..methods.registry import METHODS
 from .configuration import TRAINING
 from .figures import target
-from dfcnn.experiments.metrics import (
-    accuracy_matrix,
-    backward_transfer,
-    convergence_epochs,
-    epoch_seconds,
-    forgetting_curve,
-    forgetting_ratio,
-    own_phase,
-    peak_accuracy,
-    summarize_together,
-)
+from .metrics import accuracy_matrix, backward_transfer, convergence_epochs, epoch_seconds, forgetting_curve, forgetting_ratio, own_phase, peak_accuracy, summarize_together
 from .records import Record
-from dfcnn.experiments.verdicts import (
-    Counted,
-    Evidence,
-    Metric,
-    Rule,
-    above,
-    below,
-    difference,
-    ratio,
-    single,
-    studies,
-    within,
-)
+from .verdicts import Counted, Evidence, Metric, Rule, above, below, difference, ratio, single, studies, within
 
 
 # %% auto #0

@@ -16,21 +16,7 @@ from ..core import BadInput, writing
 from ..data.datasets import DATASETS
 from ..methods.registry import METHODS, title_of
 from .claims import C, ERROR, FIFTH, O, PEAK, POINTS, claims, findings, scorecard
-from dfcnn.experiments.figures import (
-    SETTINGS,
-    convergence_figure,
-    difference_figure,
-    difference_table,
-    error_curves,
-    error_table,
-    forgetting_figure,
-    learning_curves,
-    matrix_figure,
-    method_of,
-    peak_table,
-    progress_figure,
-    targets,
-)
+from .figures import SETTINGS, convergence_figure, difference_figure, difference_table, error_curves, error_table, forgetting_figure, learning_curves, matrix_figure, method_of, peak_table, progress_figure, targets
 from .metrics import mean_ci, seconds, summarize
 from .records import Record, load_records
 from .verdicts import WIDE, Counted, Metric, doubts, schedule_of, single, studies, variant, within

@@ -26,17 +26,7 @@ from ..data.datasets import DATASETS
 from ..methods.base import count_parameters
 from ..methods.registry import METHODS, build_shapes, can_build, title_of
 from .configuration import LATER, TRAINING
-from dfcnn.experiments.metrics import (
-    accuracy_by_epoch,
-    accuracy_matrix,
-    convergence_epochs,
-    convergence_step,
-    effect,
-    forgetting_curve,
-    mean_ci,
-    peak_accuracy,
-    task_means,
-)
+from .metrics import accuracy_by_epoch, accuracy_matrix, convergence_epochs, convergence_step, effect, forgetting_curve, mean_ci, peak_accuracy, task_means
 from .records import Record
 
 # %% auto #0

@@ -25,13 +25,12 @@ import torch
 from filelock import FileLock, Timeout
 
 import dfcnn
-from ..core import BadInput, precision, writing
+from ..core import BadInput, load_tensors, precision, writing
 from ..data.datasets import DATASETS, task_sequence
 from ..data.images import Images
 from ..data.tasks import Split, Task
 from ..methods.base import LifelongNetwork
 from ..methods.registry import METHODS, build_network
-from ..training.checkpoint import load_tensors
 from ..training.evaluation import HISTORY
 from ..training.learner import task_learner, train
 from .configuration import RunConfig

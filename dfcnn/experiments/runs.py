@@ -16,27 +16,18 @@ import pandas as pd
 import torch
 from fastcore.basics import patch
 
-from ..core import pick_device, write_text
+from ..core import pick_device, save_tensors, write_text
 from ..data.datasets import DATASETS, task_sequence
 from ..data.images import Images
 from ..methods.base import LifelongNetwork, count_parameters
 from ..methods.registry import build_network
-from ..training.checkpoint import Checkpoint, save_tensors
+from ..training.checkpoint import Checkpoint
 from ..training.learner import Callback, TaskLearner, task_learner
 from ..training.optimizer import RMSProp, gradient_scale
 from ..training.stacking import train_together
 from .configuration import RunConfig
 from .metrics import seconds, summarize, summarize_together
-from dfcnn.experiments.records import (
-    Record,
-    folder_lock,
-    history_checksum,
-    load_record,
-    made_by,
-    made_with,
-    reuse_or_set_aside,
-    write_history,
-)
+from .records import Record, folder_lock, history_checksum, load_record, made_by, made_with, reuse_or_set_aside, write_history
 
 # %% auto #0
 __all__ = ['RunCheckpoint', 'using_threads', 'settings', 'PendingRun', 'train_to_the_end', 'run_together', 'run']

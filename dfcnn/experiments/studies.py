@@ -24,16 +24,7 @@ from ..data.tasks import DataSet, Task
 from ..methods.base import count_parameters
 from ..methods.registry import METHODS, build_shapes, can_build
 from .configuration import LATER, RunConfig, published, training_of
-from dfcnn.experiments.engine import (
-    Engine,
-    Failure,
-    ProgressMonitor,
-    Unfinished,
-    WorkerDied,
-    epochs_done,
-    epochs_of,
-    step_flops,
-)
+from .engine import Engine, Failure, ProgressMonitor, Unfinished, WorkerDied, epochs_done, epochs_of, step_flops
 from .records import Record, made_with
 
 # %% auto #0

@@ -5,7 +5,6 @@
 # %% ../../nbs/17_expandable.ipynb #0e3a517d
 from __future__ import annotations
 
-import warnings
 from collections import Counter, deque
 from dataclasses import dataclass, replace
 from typing import Iterator, Sequence
@@ -15,12 +14,11 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import nn
 
-from ..core import BadInput, stream
+from ..core import BadInput, quiet_imports, stream
 from .architectures import Architecture
 from .base import Head, LifelongNetwork, bias, weight
 
-with warnings.catch_warnings():  # fastai 2.8 imports parts of torch that are about to go
-    warnings.simplefilter("ignore")
+with quiet_imports():
     from fastai.callback.core import Callback
 
 # %% auto #0

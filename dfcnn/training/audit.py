@@ -5,13 +5,13 @@
 # %% ../../nbs/25_audit.ipynb #4a5098cd
 from __future__ import annotations
 
-import warnings
 from typing import Iterable
 
 import torch
 
-with warnings.catch_warnings():  # fastai 2.8 imports parts of torch that are about to go
-    warnings.simplefilter("ignore")
+from ..core import quiet_imports
+
+with quiet_imports():
     from fastai.callback.core import Callback
 
 # %% auto #0

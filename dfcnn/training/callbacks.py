@@ -6,19 +6,17 @@
 from __future__ import annotations
 
 import random
-import warnings
 from dataclasses import dataclass
 from typing import Callable, Sequence
 
 import torch
 from fastprogress import progress_bar
 
-from ..core import LARGEST, BadInput, check_number, stream_seed
+from ..core import LARGEST, BadInput, check_number, quiet_imports, stream_seed
 from ..data.folders import Preparation
 from .learner import Callback
 
-with warnings.catch_warnings():  # fastai 2.8 imports parts of torch that are about to go
-    warnings.simplefilter("ignore")
+with quiet_imports():
     from fastai.callback.core import CancelFitException
     from fastai.data.core import Pipeline
     from fastai.vision.core import TensorImage

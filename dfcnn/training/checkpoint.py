@@ -5,68 +5,22 @@
 # %% ../../nbs/26_checkpoint.ipynb #273f25c1
 from __future__ import annotations
 
-import errno
-import hashlib
-import json
 import os
 import time
 from pathlib import Path
 
 import torch
-from fastai.optimizer import OptimWrapper
 from fastcore.basics import patch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
-from ..core import BadInput, writing
+from ..core import BadInput, load_tensors, quiet_imports, save_tensors
 from .learner import TaskLearner
 from .schedule import FitCallback
 
+with quiet_imports():
+    from fastai.optimizer import OptimWrapper
+
 # %% auto #0
-__all__ = ['checksum', 'save_tensors', 'load_tensors', 'optimizer_state', 'snapshot', 'restore', 'Checkpoint']
-
-# %% ../../nbs/26_checkpoint.ipynb #0c323dc5
-def checksum(
-    tensors: dict[str, torch.Tensor],
-    about: dict[str, str],  # what is said about them
-) -> str:  # 64 hexadecimal digits
-    "SHA-256 of names, types, shapes and values, and of what is said about them."
-    h = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
-    for name in sorted(tensors):
-        t = tensors[name]
-        h.update(f"{name} {t.dtype} {list(t.shape)}".encode())
-        h.update(t.reshape(-1).view(torch.uint8).numpy())
-    return h.hexdigest()
-
-
-def save_tensors(
-    tensors: dict[str, torch.Tensor],  # on any device
-    path: str | Path,  # the file to write
-    **about: str,  # short texts that are kept with them
-) -> None:
-    "Write named tensors, with short texts about them, to a safetensors file, whole or not at all."
-    apart = {k: t.detach().cpu().clone(memory_format=torch.contiguous_format) for k, t in tensors.items()}
-    try:
-        with writing(path) as part:
-            save_file(apart, part, {**about, "sha256": checksum(apart, about)})
-    except (SafetensorError, OSError) as e:
-        barred = getattr(e, "errno", None) in (errno.EACCES, errno.EPERM, errno.EROFS)
-        hint = " May you write there?" if barred else " Is the disk full?"
-        raise OSError(f"'{path}' could not be written ({e}).{hint} What was there before is as it was.") from e
-
-
-def load_tensors(
-    path: str | Path,
-) -> tuple[dict[str, torch.Tensor], dict[str, str]]:  # the tensors, on the CPU, and what is said about them
-    "What `save_tensors` has written, or a `BadInput` where it is not whole."
-    try:
-        with safe_open(path, "pt") as f:
-            about, tensors = f.metadata() or {}, {k: f.get_tensor(k) for k in f.keys()}
-    except (SafetensorError, OSError) as e:
-        raise BadInput(f"'{path}' is not a whole safetensors file ({e}).") from e
-    if about.pop("sha256", None) != checksum(tensors, about):
-        raise BadInput(f"'{path}' is damaged: its checksum does not fit its content.")
-    return tensors, about
+__all__ = ['optimizer_state', 'snapshot', 'restore', 'Checkpoint']
 
 # %% ../../nbs/26_checkpoint.ipynb #c68d76e1
 def optimizer_state(opt) -> dict[torch.nn.Parameter, dict]:

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import time
-import warnings
 from itertools import islice
 from typing import NamedTuple, Sequence
 
@@ -15,14 +14,14 @@ import torch
 from fastcore.all import patch
 from scipy import stats
 
+from ..core import quiet_imports
 from ..data.tasks import Split, Task
 from ..methods.base import LifelongNetwork
 from .batches import placed
 from .optimizer import sum_cross_entropy
 from .schedule import FitCallback
 
-with warnings.catch_warnings():  # fastai 2.8 imports parts of torch that are about to go
-    warnings.simplefilter("ignore")
+with quiet_imports():
     from fastai.callback.core import CancelValidException
 
 # %% auto #0

@@ -5,7 +5,6 @@
 # %% ../../nbs/24_learner.ipynb #82d7a387
 from __future__ import annotations
 
-import warnings
 from contextlib import contextmanager
 from dataclasses import fields
 from functools import partial
@@ -16,7 +15,7 @@ import pandas as pd
 import torch
 from fastcore.all import L, patch
 
-from ..core import BadInput, brief, check_choice, check_number, drawing_gpus, keep_memory, pick_device
+from ..core import BadInput, brief, check_choice, check_number, drawing_gpus, keep_memory, pick_device, quiet_imports
 from ..data.tasks import Task
 from ..methods.base import LifelongNetwork
 from .batches import SeedEpochs, TaskBatches, on_device
@@ -24,8 +23,7 @@ from .evaluation import Evaluate
 from .optimizer import RMSProp, gradient_scale, sum_cross_entropy
 from .schedule import FitCallback, InverseTimeDecay, RestartMeanSquares, Schedule, TaskSwitch, lifelong_schedule
 
-with warnings.catch_warnings():  # fastai 2.8 imports parts of torch that are about to go
-    warnings.simplefilter("ignore")
+with quiet_imports():
     from fastai.callback.core import Callback, CancelEpochException, TrainEvalCallback
     from fastai.callback.fp16 import MixedPrecision
     from fastai.callback.mixup import MixHandler

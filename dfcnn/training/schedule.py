@@ -5,7 +5,6 @@
 # %% ../../nbs/21_schedule.ipynb #24211166
 from __future__ import annotations
 
-import warnings
 from collections import Counter
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -14,11 +13,10 @@ from typing import Callable, Sequence
 import torch
 from fastcore.all import patch
 
-from ..core import BadInput, check_choice, check_number, stream
+from ..core import BadInput, check_choice, check_number, quiet_imports, stream
 from .optimizer import inverse_time_decay
 
-with warnings.catch_warnings():  # fastai 2.8 imports parts of torch that are about to go
-    warnings.simplefilter("ignore")
+with quiet_imports():
     from fastai.callback.core import Callback
 
 # %% auto #0

@@ -15,20 +15,22 @@ from weakref import WeakKeyDictionary
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from fastai.callback.core import CancelTrainException
-from fastai.learner import Learner
-from fastai.optimizer import OptimWrapper
 from fastcore.all import patch
 from greenlet import getcurrent, greenlet
 from torch import nn
 from torch.func import functional_call, vmap
 
-from ..core import drawing_gpus
+from ..core import drawing_gpus, quiet_imports
 from ..methods.base import Dropout, LifelongNetwork
 from .evaluation import Evaluate, timestamp
 from .learner import TaskLearner, TrainEval, listens
 from .optimizer import RMSProp, rmsprop_, sum_cross_entropy
 from .schedule import FitCallback
+
+with quiet_imports():
+    from fastai.callback.core import CancelTrainException
+    from fastai.learner import Learner
+    from fastai.optimizer import OptimWrapper
 
 # %% auto #0
 __all__ = ['BATCH_EVENTS', 'STEPS', 'OF_TORCH', 'dropout_of', 'StackedTrainer', 'stack_in_place', 'optimizer_constants',
