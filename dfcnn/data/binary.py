@@ -91,6 +91,7 @@ def draw_pools(
 class MultiTask(DataSet):
     "Binary tasks that are learned together."
 
+    together = True
     source: str = ""  # as in `COUNTS`, and in the file of the paper's numbers
     distribution: str = ""
     fraction: str = ""

@@ -136,6 +136,8 @@ class DataSet:
     "How the tasks of one data set are made."
 
     own = False  # are these a user's images, of which the paper says nothing?
+    together = False  # are its tasks learned together?
+    source = distribution = fraction = ""  # of tasks that are learned together: see `05_binary`
     name: str
     title: str  # for headings
     architecture: str  # which of the paper's networks it is learned with
@@ -178,12 +180,16 @@ class DataSet:
         trial: int,  # another one draws other images
     ) -> Task:
         "One task, with its images scaled."
+        picked = self.pick(images, name, classes, seed, trial)
+        return Task(name, list(classes), *(Split(self.scaled(images.x[index].float() / 255, images), y) for index, y in picked))
 
-        def as_split(index: torch.Tensor, y: torch.Tensor) -> Split:
-            x = images.x[index].float() / 255
-            return Split(standardize(x) if self.standardized else x, y)
-
-        return Task(name, list(classes), *(as_split(*s) for s in self.pick(images, name, classes, seed, trial)))
+    def scaled(
+        self,
+        x: torch.Tensor,  # pixels of one set of a task, 0 to 1
+        images: Images,  # of the data set
+    ) -> torch.Tensor:
+        "The pixels as a network sees them."
+        return standardize(x) if self.standardized else x
 
 # %% ../../nbs/04_tasks.ipynb #df167487
 def show_tasks(

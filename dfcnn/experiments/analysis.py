@@ -25,7 +25,7 @@ from ..methods.deconvolutional import DFCNN, SIZES, Sizes
 from ..methods.registry import METHODS, build_network, build_shapes, register, title_of
 from ..training.schedule import FitCallback
 from .configuration import RunConfig, scoring_interval
-from .figures import by_method, finish, panels, titled
+from .figures import by_method, finish, legend, panels, titled
 from .metrics import accuracy_matrix, mean_ci
 from .records import Record, load_records
 from .runs import run
@@ -168,7 +168,7 @@ def movement_figure(
     ax.set(xlabel="task, in the order in which they are learned", ylabel="change / size before", ylim=(0, None))
     ax.xaxis.get_major_locator().set_params(integer=True)
     ax.grid(alpha=0.3)
-    fig.legend(fontsize=8, loc="outside right center")
+    legend(fig)
     return titled(fig, title)
 
 # %% ../../nbs/44_analysis.ipynb #a420001d
@@ -348,13 +348,13 @@ def agreement_figure(
             ax.scatter(now[of], now[measure], s=12, color="C0", label="trained")
             rho, low, high = rank_correlation(now, of, measure)
             interval = "" if np.isnan(low) else f"\n[{low:+.2f}, {high:+.2f}]"
-            ax.set_title((f"layer {layer}\n" if measure == "cosine" else "") + f"rho {rho:+.2f}{interval}", fontsize=8)
+            ax.set_title((f"layer {layer}\n" if measure == "cosine" else "") + ("one value" if np.isnan(rho) else f"rho {rho:+.2f}{interval}"), fontsize=8)
             ax.grid(alpha=0.3)
     axs[0][0].set_ylabel("cosine of filters", fontsize=9)
     axs[1][0].set_ylabel("CKA of outputs", fontsize=9)
     for ax in axs[1]:
         ax.set_xlabel(f"classes: {of}", fontsize=8)
-    fig.legend(*axs[0][0].get_legend_handles_labels(), fontsize=8, loc="outside right center")
+    legend(fig)
     return titled(fig, title)
 
 # %% ../../nbs/44_analysis.ipynb #a4200030
@@ -399,7 +399,7 @@ def base_table(records: Sequence[Record]) -> pd.DataFrame:  # a row for each siz
         if (factor := factor_of(method)) is None:
             continue
         c = rs[0].config
-        network = build_shapes(method, DATASETS[c.dataset].architecture, c.tasks)
+        network = build_shapes(method, c.data.architecture, c.tasks)
         shared, all_of_them = (sum(p.numel() for p in ps) for ps in (network.shared(), network.parameters()))
         row = {"factor": factor, "base": shared, "of each task": (all_of_them - shared) // c.tasks, "trials": len(rs)}
         for key in ("peak_accuracy", "forgetting_ratio", "forgetting_ratio_of_end", "backward_transfer"):
@@ -421,7 +421,7 @@ def base_figure(records: Sequence[Record]) -> plt.Figure:
     ax.set_xticks(table.base, [f"{n:,}" for n in table.base])
     ax.minorticks_off()
     ax.grid(alpha=0.3)
-    fig.legend(fontsize=8, loc="outside right center")
+    legend(fig)
     return finish(fig, rs, "Forgetting against the size of the base; a dot for each trial, lines are means")
 
 # %% ../../nbs/44_analysis.ipynb #a4200036
@@ -433,13 +433,15 @@ def records_to_show(
     folder: str | Path,  # is searched with all folders in it
 ) -> list[Record]:  # of tasks that were learned one after the other
     "The records of a folder, or a `BadInput` that says why their transfer cannot be shown."
-    found = [r for r in load_records(folder) if not r.config.together and r.config.tasks > 1]
+    found = [r for r in load_records(Path(folder).expanduser()) if not r.config.together and r.config.tasks > 1]
     if not found:
         raise BadInput(f"There are no complete records of several tasks learned one after the other below '{folder}'.")
     by_method(found)  # may they be shown together?
-    found[0].config.check_listed(method=False)
-    if all(r.config.method == "STL" for r in found):
-        raise BadInput(f"All records below '{folder}' are of STL, whose tasks do not touch each other. Name other 'records'.")
+    for r in found:
+        r.config.check_listed()
+    if not any(r.config.can_forget for r in found):
+        methods = ", ".join(dict.fromkeys(title_of(r.config.method) for r in found))
+        raise BadInput(f"All records below '{folder}' are of {methods}, whose tasks do not touch each other. Name other 'records'.")
     for r in found:
         if not r.made_with.get("tasks"):
             raise BadInput(f"The record in '{r.folder}' does not name its tasks. Name other 'records', or make it anew.")
@@ -461,6 +463,8 @@ def analysis_study(
     try:
         named = factors if isinstance(factors, (str, list)) else [factors]  # papermill makes a number of one number
         sizes = [float(f) for f in (named.replace(",", " ").split() if isinstance(named, str) else named)]
+        if not set(sizes) - {1.0}:
+            raise ValueError("at least one other than 1")
     except (TypeError, ValueError) as e:
         raise BadInput(f"Parameter 'factors' must name numbers such as '0.25 1 4' ({e}).") from e
     methods = list(dict.fromkeys(["DF-CNN", *map(with_base, sizes)]))
@@ -493,5 +497,5 @@ def run_and_keep(study: Study) -> tuple[Record, list[dict[str, torch.Tensor]]]:
 
 def before_training(config: RunConfig) -> LifelongNetwork:  # in evaluation mode
     "The network with which a run begins, with all of its tasks: what was drawn and nothing learned."
-    seed, architecture = config.seed_of("init"), DATASETS[config.dataset].architecture
+    seed, architecture = config.seed_of("init"), config.data.architecture
     return build_network(config.method, architecture, seed, n_tasks=config.classes).eval()

@@ -13,13 +13,15 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from ..data.binary import COUNTS, MultiTask
+from ..data.binary import COUNTS
 from ..data.datasets import DATASETS
+from ..data.tasks import DataSet
 from ..methods.registry import METHODS
 from .configuration import TRAINING
 from .figures import target
 from .metrics import accuracy_matrix, backward_transfer, convergence_epochs, epoch_seconds, forgetting_curve, forgetting_ratio, own_phase, peak_accuracy, summarize_together
 from .records import Record
+from .studies import study_command
 from .verdicts import Counted, Evidence, Metric, Rule, above, below, difference, ratio, single, studies, within
 
 
@@ -398,27 +400,18 @@ def findings(records: Sequence[Record]) -> pd.DataFrame:  # a row for each piece
 # %% ../../nbs/39_claims.ipynb #86622108
 def command(claim: Claim) -> str:
     "What makes the records of a claim, at the paper's length."
-    needs: dict[str, tuple[dict, dict]] = {}  # a command without its lists -> fractions, methods
+    needs: dict[tuple[str, str], tuple[DataSet, dict, dict]] = {}  # of each command: a data set, fractions, methods
     for e in claim.evidence:
-        if not isinstance(e, Evidence):
-            continue
-        data = DATASETS[e.dataset]
-        together, paper = isinstance(data, MultiTask), TRAINING[data.architecture]
-        where = (
-            f"-p dataset {data.source} -p distribution {data.distribution}"
-            if together
-            else f"-p dataset {e.dataset}"
-        )
-        notebook = f"nbs/{'mtl' if together else 'lifelong'}.ipynb"
-        line = f"papermill {notebook} out.ipynb {where} -p epochs {paper.epochs} -p trials {paper.trials}"
-        fractions, methods = needs.setdefault(line, ({}, {}))
-        fractions.update({data.fraction: None} if together else {})
-        methods.update(dict.fromkeys(e.methods))
-    listed = lambda name, values: f' -p {name} "{" ".join(values)}"' if values else ""
+        if isinstance(e, Evidence):
+            data = DATASETS[e.dataset]
+            _, fractions, methods = needs.setdefault((data.source or data.name, data.distribution), (data, {}, {}))
+            fractions.update({data.fraction: None} if data.together else {})
+            methods.update(dict.fromkeys(e.methods))
     return "; ".join(
-        line + listed("fractions", fractions) + listed("methods", [m for m in METHODS if m in methods])
-        for line, (fractions, methods) in needs.items()
+        study_command(data, epochs=TRAINING[data.architecture].epochs, trials=TRAINING[data.architecture].trials, fractions=list(fractions), methods=[m for m in METHODS if m in methods])
+        for data, fractions, methods in needs.values()
     )
+
 
 # %% ../../nbs/39_claims.ipynb #0c885cc2
 def scorecard(
@@ -439,17 +432,14 @@ def scorecard(
         why = list(dict.fromkeys("; ".join(w for w in own.because if w).split("; ")))
         why = [*why[:4], f"and {len(why) - 4} more reasons"] if len(why) > 5 else why
         why = [counts(own.verdict)] * (own.verdict.nunique() > 1) + why
-        label = (
-            seen.what
-            if seen.what.is_unique
-            else seen.metric if seen.metric.is_unique else seen.what + ", " + seen.data
-        )
+        labels = [seen.what, seen.metric, *(seen.what + ", " + o for o in (seen.data, seen.metric, seen.data + ", " + seen.metric))]
+        label = next((o for o in labels if o.is_unique), labels[-1])
         several = seen.schedule.nunique() > 1  # then each number says on which schedule it stands
         on = lambda schedule: f" ({schedule})" * several
         lines = [f"{w}: {e}{on(s)}" if many else e for w, e, s in zip(label, seen.effect, seen.schedule)]
         if len(lines) > 5:
             lines = [
-                f"{len(g)} numbers from {g['mean'].min():+.3g} to {g['mean'].max():+.3g}{on(s)}"
+                (f"{len(g)} numbers from {g['mean'].min():+.3g} to {g['mean'].max():+.3g}" if len(g) > 1 else g.effect.iloc[0]) + on(s)
                 for s, g in seen.groupby("schedule", sort=False)
             ]
         rows.append(

@@ -109,7 +109,7 @@ class Shown:
 
     def studies(self, records: Sequence[Record]) -> list[list[Record]]:
         "The records that belong into it, grouped into those that may be shown together."
-        table = lambda c: c.dataset.replace(f"-{getattr(DATASETS[c.dataset], 'fraction', '')}", "")
+        table = lambda c: c.dataset.replace(f"-{c.data.fraction}", "") if c.together else c.dataset
         own = [r for r in records if table(r.config) == self.dataset and r.config.method in self.methods]
         return studies(own, join=True)
 
@@ -231,7 +231,7 @@ def side_by_side(
     others: set[str] = set()
     for r in load_records(records):
         aside = set(left_out) & set(r.folder.relative_to(records).parts)
-        known = r.config.dataset in DATASETS and not DATASETS[r.config.dataset].own  # the paper says nothing of own images
+        known = r.config.dataset in DATASETS and not r.config.data.own  # the paper says nothing of own images
         if known and not aside and r.config.method in METHODS:
             by.setdefault(variant(r.config), []).append(r)
         elif known and not aside:
@@ -308,8 +308,10 @@ COMPARED = {  # figures of `summarize` -> title, scale, form
 def methods_by_settings(
     published: Sequence[Record],
     other: Sequence[Record],  # of one study with other settings
-) -> pd.DataFrame:  # a row for each method, "published → other" as text; means over the trials that both have
+) -> pd.DataFrame:  # a row for each method, "published → other" as text; means over the trials that both have; empty for tasks that are learned together
     "What other settings do to each method, on the same tasks and images and after as many epochs."
+    if other[0].config.together:
+        return pd.DataFrame()
     as_long = lambda r: (r.config.epochs, r.made_with["data"]) == (other[0].config.epochs, other[0].made_with["data"])
     same = next(iter(studies([r for r in on_tasks(published, tasks_of(other)) if as_long(r)])), [])
     figures = lambda records, m: {r.config.trial: summarize(r.history) for r in records if r.config.method == m}

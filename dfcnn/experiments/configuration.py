@@ -7,16 +7,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
+from functools import cache
 from typing import Any
 
 from fastcore.basics import patch
 
 from ..core import BadInput, brief, stream_seed
-from ..data.binary import MultiTask
 from ..data.datasets import DATASETS
 from ..data.tasks import DataSet
-from ..methods.registry import METHODS
+from ..methods.registry import METHODS, build_shapes
 from ..training.schedule import Schedule, lifelong_schedule, multitask_schedule
 
 # %% auto #0
@@ -150,27 +151,47 @@ def check_listed(self: RunConfig, method: bool = True):  # is the method needed,
 
 
 @patch(as_prop=True)
+def data(self: RunConfig) -> DataSet:
+    "The listed data set that it names."
+    return DATASETS[self.dataset]
+
+
+@patch(as_prop=True)
 def classes(self: RunConfig) -> int | list[int]:
     "What `build_network` adds: the number of tasks, or, of images of one's own, the number of classes of each."
-    data = DATASETS[self.dataset]
-    return [len(classes) for _, classes in data.groups()[: self.tasks]] if data.own else self.tasks
+    return [len(classes) for _, classes in self.data.groups()[: self.tasks]] if self.data.own else self.tasks
+
+
+@cache
+def _can_forget(method: str, architecture: str) -> bool:
+    with suppress(RuntimeError):  # a network that looks at its values, as DEN does
+        network = build_shapes(method, architecture, 2)
+        return not set(network.trains(1)).isdisjoint(network.uses(0))
+    return True
+
+
+@patch(as_prop=True)
+def can_forget(self: RunConfig) -> bool:
+    "May a later task change what an earlier one predicts, for worse or for better?"
+    return _can_forget(self.method, self.data.architecture)
 
 
 @patch(as_prop=True)
 def short(self: RunConfig) -> str:
     "What is shorter than in the paper, in words; empty for the paper's full schedule."
     self.check_listed(method=False)
-    if DATASETS[self.dataset].own:
+    if self.data.own:
         return ""
-    paper, full = TRAINING[DATASETS[self.dataset].architecture], len(DATASETS[self.dataset].groups())
+    paper, full = TRAINING[self.data.architecture], len(self.data.groups())
     per = "in all" if self.together else "per task"
     cut = [f"{self.epochs} of {paper.epochs} epochs {per}"] if self.epochs < paper.epochs else []
     return " and ".join(cut + ([f"{self.tasks} of {full} tasks"] if self.tasks < full else []))
 
+
 @patch(as_prop=True)
 def length(self: RunConfig) -> str:
     "How long the run is, beside the paper's, in words."
-    short, data = self.short, DATASETS[self.dataset]
+    short, data = self.short, self.data
     per = "in all" if self.together else "per task"
     paper = None if data.own else TRAINING[data.architecture].epochs
     if data.own or self.epochs < paper:
@@ -196,10 +217,18 @@ def published(
 ) -> RunConfig:
     "A run with the published settings, apart from those that are given."
     data = DATASETS[dataset]
-    t, together = training_of(data), isinstance(data, MultiTask)
+    t, together = training_of(data), data.together
     epochs = changed.get("epochs") or t.epochs
     usual = dict(epochs=epochs, tasks=len(data.groups()), batch_size=t.batch_size, lr=t.lr, decay=t.decay)
     usual |= dict(schedule="uniform" if together else "lifelong")
     usual |= dict(score_every=1 if together else scoring_interval(epochs, 200))
     usual |= dict(eval_every=10 if together else scoring_interval(epochs, 20, 10))
     return RunConfig(dataset, method, **usual | {k: v for k, v in changed.items() if v is not None})
+
+
+@patch(as_prop=True)
+def changed(self: RunConfig) -> dict[str, Any]:  # as the parameter of a study is called -> value
+    "The settings that are not the published ones, apart from how long a run is and how often it is scored."
+    usual, free = published(self.dataset, self.method), ("epochs", "tasks", "trial", "seed", "score_every", "eval_every")
+    return {dict(schedule="draw").get(k, k): v for k, v in asdict(self).items() if k not in free and v != getattr(usual, k)}
+

@@ -348,7 +348,7 @@ def results_of(
     until: float | None = None,  # `time.time()` of the moment at which runs stop, to go on another day
 ) -> Iterator[tuple[RunConfig, Record | Failure | Unfinished]]:
     "Results of runs as they come. Raises `WorkerDied` where a worker did."
-    groups, dataset = self.groups(configs), DATASETS[configs[0].dataset]
+    groups, dataset = self.groups(configs), configs[0].data
     workers = max(min(self.workers, len(groups)), 1 + apart)
     here = self.scheduler is None and workers == 1
     where = dict(
@@ -381,6 +381,7 @@ def results_of(
             yield from result
 
 # %% ../../nbs/34_engine.ipynb #a46e1ff8
+@lru_cache
 def step_flops(
     method: str,  # a key of `METHODS`
     architecture: str,  # its name, as in `build_network`

@@ -21,21 +21,20 @@ import numpy as np
 import pandas as pd
 
 from ..core import BadInput, write_text, writing
-from ..data.binary import MultiTask
 from ..data.datasets import DATASETS
 from ..methods.base import count_parameters
 from ..methods.registry import METHODS, build_shapes, can_build, title_of
 from .configuration import LATER, TRAINING
-from .metrics import accuracy_by_epoch, accuracy_matrix, convergence_epochs, convergence_step, effect, forgetting_curve, mean_ci, peak_accuracy, task_means
+from .metrics import accuracy_by_epoch, accuracy_matrix, convergence_epochs, convergence_step, effect, forgetting_curve, mean_ci, peak_accuracy, plus_minus, task_means
 from .records import Record
 
 # %% auto #0
 __all__ = ['SETTINGS', 'GREYS', 'REACHED', 'LIFELONG_REPORT', 'ABLATION_REPORT', 'MULTITASK_REPORT', 'targets', 'method_of',
-           'target', 'parameter_table', 'size_table', 'comparable', 'by_method', 'caption', 'cost_table', 'peak_table',
-           'color_of', 'panels', 'titled', 'finish', 'learning_curves', 'forgetting_figure', 'convergence_figure',
-           'progress_figure', 'differences', 'difference_table', 'difference_figure', 'lead', 'lead_figure',
-           'lead_table', 'matrix_figure', 'by_fraction', 'error_table', 'cost_of_errors', 'error_curves', 'settings_of',
-           'report_suffix', 'write_report']
+           'target', 'parameter_table', 'size_table', 'comparable', 'by_method', 'fractions_of', 'caption',
+           'cost_table', 'peak_table', 'color_of', 'panels', 'legend', 'titled', 'finish', 'learning_curves',
+           'forgetting_figure', 'convergence_figure', 'progress_figure', 'differences', 'difference_table',
+           'difference_figure', 'lead', 'lead_figure', 'lead_table', 'matrix_figure', 'by_fraction', 'error_table',
+           'cost_of_errors', 'error_curves', 'settings_of', 'report_suffix', 'write_report']
 
 # %% ../../nbs/36_figures.ipynb #e7311ba1
 def targets() -> pd.DataFrame:
@@ -140,6 +139,12 @@ def by_method(records: Sequence[Record]) -> dict[str, list[Record]]:  # method -
     return groups
 
 
+def fractions_of(records: Sequence[Record]) -> list[str]:
+    "The fractions of the data that records of tasks learned together have, from the smallest."
+    there = {r.config.dataset for r in records}
+    return list(dict.fromkeys(data.fraction for name, data in DATASETS.items() if name in there))
+
+
 def caption(
     records: Sequence[Record],  # of one study
 ) -> str:
@@ -151,19 +156,17 @@ def caption(
     least, trials = min(map(len, each.values())), max(map(len, each.values()))
     counted = f"{least} to {trials} trials" if least < trials else f"{trials} trial{'s' * (trials > 1)}"
     seed = f", seed {c.seed}" if c.seed else ""
-    if DATASETS[c.dataset].own:
-        return f"{DATASETS[c.dataset].title}. {counted}, {c.length}{seed}."
-    paper = TRAINING[DATASETS[c.dataset].architecture]
+    if c.data.own:
+        return f"{c.data.title}. {counted}, {c.length}{seed}."
+    paper = TRAINING[c.data.architecture]
     length = "SHORT RUN: " * (c.epochs < paper.epochs) + c.length
     few = "" if least >= paper.trials else f" (paper: {paper.trials})"
     every = c.own_score_every
     scored = "" if every == 1 else f", scored every {every} epochs ({'authors' if c.together else 'paper'}: every one)"
-    other = "".join(f", {k} {v}" for k, v in c.stated.items() if k in LATER)
-    other += f", tasks drawn {c.schedule}" * (c.together and c.schedule != "uniform")
-    title = DATASETS[c.dataset].title
+    other = "".join(f", {k} {v}" for k, v in c.changed.items())
+    title = c.data.title
     if c.together:  # one of the fractions is in the title
-        fractions = dict.fromkeys(DATASETS[r.config.dataset].fraction for r in records)
-        title = title.replace(f" {DATASETS[c.dataset].fraction} of", f" {', '.join(fractions)} of")
+        title = title.replace(f" {c.data.fraction} of", f" {', '.join(fractions_of(records))} of")
     return f"{title}. {counted}{few}, {length}{scored}{other}{seed}."
 
 # %% ../../nbs/36_figures.ipynb #94695b3a
@@ -171,7 +174,7 @@ def cost_table(records: Sequence[Record]) -> pd.DataFrame:  # a row for each met
     "Parameters: shared, of a task on average, grown in training (DEN); and milliseconds of an epoch of training, the median."
     c, rows = records[0].config, {}
     for method, rs in by_method(records).items():
-        network = build_shapes(method, DATASETS[c.dataset].architecture, c.classes)
+        network = build_shapes(method, c.data.architecture, c.classes)
         start, shared = count_parameters(network), sum(p.numel() for p in network.shared())
         total = np.mean([r.summary["parameters"] for r in rs])
         epoch = np.mean([1000 * r.summary["epoch_seconds"] for r in rs])
@@ -189,12 +192,11 @@ def peak_table(records: Sequence[Record]) -> pd.DataFrame:  # a row for each met
     "The table of Fig. 3a and 5a, with the figures of Sec. 4.2 that the paper shows as plots."
 
     def cell(rs: list[Record], key: str, form: str = "{:.1f}", scale: float = 1) -> str:
-        mean, half = mean_ci([r.summary[key] * scale for r in rs])
-        return form.format(mean) + ("" if np.isnan(half) else f" ± {form.format(half).lstrip('+')}")
+        return plus_minus([r.summary[key] * scale for r in rs], form)
 
     c, rows = records[0].config, {}
     costs = cost_table(records)
-    everything = c.tasks == len(DATASETS[c.dataset].groups())
+    everything = c.tasks == len(c.data.groups())
     for method, rs in by_method(records).items():
         title = title_of(method)
         step = max(convergence_step(r.history) for r in rs)
@@ -212,7 +214,7 @@ def peak_table(records: Sequence[Record]) -> pd.DataFrame:  # a row for each met
             "epochs to 98% of peak": cell(rs, "convergence_epochs") + finely,
             "epochs to 98% of the level at the end": cell(rs, "convergence_epochs_of_level") + finely,
         }
-        if not DATASETS[c.dataset].stand_in:
+        if not c.data.stand_in:
             peak, half = target(c.dataset, title, "peak_per_task_accuracy")
             size, _ = target(c.dataset, title, "parameters_total_M")
             row["paper: peak accuracy (%)"] = "" if np.isnan(peak) else f"{peak} ± {half}"
@@ -260,6 +262,12 @@ def panels(
     return fig, axs.flat
 
 
+def legend(fig: plt.Figure) -> None:
+    "One legend of what is labelled in any panel, to the right of all."
+    found = {label: handle for ax in fig.axes for handle, label in zip(*ax.get_legend_handles_labels())}
+    fig.legend(found.values(), found.keys(), fontsize=8, loc="outside right center")
+
+
 def titled(fig: plt.Figure, title: str) -> plt.Figure:  # the same, closed in pyplot so that it is not shown twice
     "The figure with a title of one or more lines, broken where they are too long for it."
     wide = int(14 * fig.get_figwidth())  # characters that fit beside each other
@@ -295,8 +303,9 @@ def learning_curves(records: Sequence[Record]) -> plt.Figure:
             after = pd.concat([own[own.epoch == own.epoch.max()], later]).groupby("epoch").accuracy.mean()
             ax.plot(after * 100, color=color, lw=0.9)
         for reference, grey in GREYS.items():
-            if reference in groups:
-                for task, peak in _mean_over_trials(groups[reference], peak_accuracy)["mean"].items():
+            trials = {r.config.trial for r in rs}  # another trial has other tasks in these places
+            if same := [r for r in groups.get(reference, []) if r.config.trial in trials]:
+                for task, peak in _mean_over_trials(same, peak_accuracy)["mean"].items():
                     ax.plot(
                         [task * c.epochs, (task + 1) * c.epochs], [peak * 100] * 2, ":", color=grey, lw=1.5
                     )
@@ -331,7 +340,7 @@ def forgetting_figure(records: Sequence[Record]) -> plt.Figure:
         _draw_by_method(ax, records, partial(forgetting_curve, of=of), "tasks learned since", "share of accuracy kept")
         ax.axhline(1, color="0.6", lw=0.8)
         ax.set_title(f"against {against}", fontsize=9)
-    fig.legend(*axs[0].get_legend_handles_labels(), fontsize=8, loc="outside right center")
+    legend(fig)
     return finish(fig, records, "Forgetting. Left: the paper's ratio (as Fig. 3b), which is below 1 even where nothing is forgotten. Right: what later tasks have left")
 
 
@@ -339,7 +348,7 @@ def convergence_figure(records: Sequence[Record]) -> plt.Figure:
     "Epochs to 98% of the peak accuracy, for each task in order (Fig. 5c)."
     fig, ax = plt.subplots(figsize=(8, 3.4), layout="constrained")
     _draw_by_method(ax, records, convergence_epochs, "task", "epochs to 98% of peak", shift=1)
-    fig.legend(fontsize=8, loc="outside right center")
+    legend(fig)
     return finish(fig, records, "Speed of convergence (as Fig. 5c)")
 
 
@@ -359,7 +368,7 @@ def progress_figure(records: Sequence[Record]) -> plt.Figure:
     ax.set(xscale="log", xlabel="epochs of the task", ylabel="test accuracy (%)")
     ax.xaxis.set_major_formatter("{x:g}")
     ax.grid(alpha=0.3)
-    fig.legend(fontsize=8, loc="outside right center")
+    legend(fig)
     dotted = "; dotted: the peaks that the paper prints (a mean of peaks lies a little above its curve)" * printed
     return finish(fig, records, "Accuracy of a task while it is trained, mean over the tasks" + dotted)
 
@@ -454,24 +463,19 @@ def lead_figure(records: Sequence[Record]) -> plt.Figure | None:  # None where t
     ax.set(xlabel="place of the task in the sequence", ylabel="peak accuracy above STL (points)")
     ax.xaxis.get_major_locator().set_params(integer=True)
     ax.grid(alpha=0.3)
-    fig.legend(fontsize=8, loc="outside right center")
+    legend(fig)
     return finish(fig, records, "Peak accuracy above that of STL, task by task. On the first task there is nothing to transfer yet")
 
 
 def lead_table(records: Sequence[Record]) -> pd.DataFrame:  # a row for each method, values as text
     "The lead over STL on the first task and on later ones, and its trend, beside the parameters that tasks share and those of a task's own."
-
-    def cell(values: pd.Series, digits: int) -> str:
-        mean, half = mean_ci(values)
-        return f"{mean:+.{digits}f}" + ("" if np.isnan(half) else f" ± {half:.{digits}f}")
-
     costs, rows = cost_table(records), {}
     for method, points in lead(records).items():
         first, later = points[0], points.drop(columns=0).mean(axis=1)
         trend = points.apply(lambda row: np.polyfit(points.columns, row, 1)[0], axis=1) if points.shape[1] > 1 else first * np.nan
-        known = {"first task": (first, 1), "later tasks": (later, 1), "later less first": (later - first, 1), "per further task": (trend, 2)}
+        known = {"first task": (first, "{:+.1f}"), "later tasks": (later, "{:+.1f}"), "later less first": (later - first, "{:+.1f}"), "per further task": (trend, "{:+.2f}")}
         own = costs.loc[title_of(method), ["shared at the start", "of each task"]]
-        rows[title_of(method)] = {f"{k} (points)": cell(v, digits) for k, (v, digits) in known.items() if v.notna().all()} | dict(own)
+        rows[title_of(method)] = {f"{k} (points)": plus_minus(v, form) for k, (v, form) in known.items() if v.notna().all()} | dict(own)
     return pd.DataFrame(rows).T.fillna("").rename_axis("model")
 
 
@@ -509,30 +513,23 @@ def matrix_figure(records: Sequence[Record]) -> plt.Figure:
     return finish(fig, records, "Accuracy matrix (%)")
 
 # %% ../../nbs/36_figures.ipynb #ea0d73b9
-def by_fraction(records: Sequence[Record]) -> dict[str, list[Record]]:  # fraction -> records
+def by_fraction(records: Sequence[Record]) -> dict[str, list[Record]]:  # fraction -> records, from the smallest
     "Group the records of a multi-task study, or say why they do not belong together."
-    groups: dict[str, list[Record]] = {}
-    for r in records:
-        data = DATASETS[r.config.dataset]
-        if not isinstance(data, MultiTask):
-            raise BadInput(f"The record '{r.folder.name}' is of a lifelong run; these tables are multi-task.")
-        groups.setdefault(data.fraction, []).append(r)
-    return groups
+    if lifelong := next((r for r in records if not r.config.together), None):
+        raise BadInput(f"The record '{lifelong.folder.name}' is of a lifelong run; these tables are multi-task.")
+    return {f: [r for r in records if r.config.data.fraction == f] for f in fractions_of(records)}
 
 # %% ../../nbs/36_figures.ipynb #4fd88d66
 def error_table(records: Sequence[Record]) -> pd.DataFrame:  # a row for each method, values as text
     "Table 1 or 2: test errors by fraction, beside the paper's."
     rows: dict[str, dict[str, str]] = {}
     for fraction, group in by_fraction(records).items():
-        data = DATASETS[group[0].config.dataset]
+        data = group[0].config.data
         for method, rs in by_method(group).items():
             title = title_of(method)
             row = rows.setdefault(title, {"parameters": f"{rs[0].summary['parameters']:,}"})
-            last, last_half = mean_ci([100 * r.summary["last_test_error"] for r in rs])
-            mean, half = mean_ci([100 * r.summary["test_error"] for r in rs])
-            form = lambda mean, half: f"{mean:.2f}" + ("" if np.isnan(half) else f" ± {half:.2f}")
-            row[f"error at {fraction} (%)"] = form(mean, half)
-            row[f"last at {fraction} (%)"] = form(last, last_half)
+            for what, key in (("error", "test_error"), ("last", "last_test_error")):
+                row[f"{what} at {fraction} (%)"] = plus_minus([100 * r.summary[key] for r in rs], "{:.2f}")
             if not data.stand_in:
                 paper, _ = target(
                     data.source,
@@ -547,15 +544,19 @@ def error_table(records: Sequence[Record]) -> pd.DataFrame:  # a row for each me
 # %% ../../nbs/36_figures.ipynb #04e211e4
 def cost_of_errors(records: Sequence[Record]) -> pd.DataFrame:  # a row for each method and fraction
     "What a table of errors does not show: best epoch, last error, seconds (training with that of the networks it starts from); means over trials."
-    keys = ["valid_error", "last_test_error", "best_epoch", "training_seconds", "evaluation_seconds"]
-    more = {"training_seconds": "pretraining_seconds"}
-    of = lambda r, k: r.summary[k] + r.summary.get(more.get(k), 0)
+    columns = {
+        "validation error (%)": lambda s: 100 * s["valid_error"],
+        "last test error (%)": lambda s: 100 * s["last_test_error"],
+        "best epoch": lambda s: s["best_epoch"],
+        "training (s)": lambda s: s["training_seconds"] + s.get("pretraining_seconds", 0),
+        "evaluation (s)": lambda s: s["evaluation_seconds"],
+    }
     rows = [
-        (title_of(method), fraction, *(float(np.mean([of(r, k) for r in rs])) for k in keys))
+        (title_of(method), fraction, *(float(np.mean([of(r.summary) for r in rs])) for of in columns.values()))
         for fraction, group in by_fraction(records).items()
         for method, rs in by_method(group).items()
     ]
-    return pd.DataFrame(rows, columns=["model", "fraction", *keys]).set_index(["model", "fraction"]).round(4)
+    return pd.DataFrame(rows, columns=["model", "fraction", *columns]).set_index(["model", "fraction"]).round(2)
 
 # %% ../../nbs/36_figures.ipynb #cb2c1896
 def error_curves(records: Sequence[Record]) -> plt.Figure:
@@ -572,7 +573,7 @@ def error_curves(records: Sequence[Record]) -> plt.Figure:
             major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:g}", minor_formatter=NullFormatter()
         )
         ax.grid(alpha=0.3, which="both")
-    fig.legend(*axs[0].get_legend_handles_labels(), fontsize=8, loc="outside right center")
+    legend(fig)
     fig.supxlabel("epochs of all tasks together", fontsize=9)
     fig.supylabel("test error (%)", fontsize=9)
     return finish(fig, records, "Mean test error in multi-task learning")

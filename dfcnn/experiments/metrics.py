@@ -16,7 +16,8 @@ from ..core import check_choice
 # %% auto #0
 __all__ = ['own_phase', 'peak_accuracy', 'accuracy_at_best_valid', 'accuracy_matrix', 'forgetting_ratio', 'forgetting_curve',
            'backward_transfer', 'level', 'convergence_epochs', 'convergence_step', 'scored_every', 'accuracy_by_epoch',
-           'seconds', 'epoch_seconds', 'mean_ci', 'effect', 'task_means', 'summarize_together', 'summarize']
+           'seconds', 'epoch_seconds', 'mean_ci', 'effect', 'plus_minus', 'task_means', 'summarize_together',
+           'summarize']
 
 # %% ../../nbs/30_metrics.ipynb #7f8412ea
 def own_phase(
@@ -140,13 +141,12 @@ def epoch_seconds(history: pd.DataFrame) -> pd.Series:  # indexed by task
 # %% ../../nbs/30_metrics.ipynb #c2367bfb
 def mean_ci(
     values: Sequence[float],  # one of each trial
-    confidence: float = 0.95,
 ) -> tuple[float, float]:  # mean, half-width of the interval (NaN for a single value)
-    "Mean and t-interval over independent trials."
+    "Mean and 95% t-interval over independent trials."
     values = np.asarray(values, float)
     if len(values) < 2:
         return float(values.mean()), float("nan")
-    return float(values.mean()), float(stats.sem(values) * stats.t.ppf((1 + confidence) / 2, len(values) - 1))
+    return float(values.mean()), float(stats.sem(values) * stats.t.ppf(0.975, len(values) - 1))
 
 
 def effect(values: Sequence[float], form: str = "{:+.3g}") -> str:
@@ -155,6 +155,13 @@ def effect(values: Sequence[float], form: str = "{:+.3g}") -> str:
     if np.isnan(half):
         return f"{form} (no interval)".format(mean)
     return f"{form} [{form}, {form}]".format(mean, mean - half, mean + half)
+
+
+def plus_minus(values: Sequence[float], form: str = "{:.1f}") -> str:  # empty for values that are not defined
+    "Mean over trials ± half of its interval, as text."
+    mean, half = mean_ci(values)
+    text = "" if np.isnan(mean) else form.format(mean)
+    return text if np.isnan(half) else f"{text} ± {form.format(half).lstrip('+')}"
 
 
 # %% ../../nbs/30_metrics.ipynb #5e45de66

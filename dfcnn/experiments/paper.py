@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import time
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -18,9 +17,9 @@ import torch
 from fastcore.basics import patch
 
 from ..core import BadInput, check_number, check_path
-from ..data.binary import COUNTS, MultiTask
+from ..data.binary import COUNTS
 from ..data.datasets import DATASETS
-from ..methods.registry import METHODS, build_network, build_shapes, title_of
+from ..methods.registry import METHODS, build_network, title_of
 from ..training.optimizer import RMSProp, sum_cross_entropy
 from .configuration import TRAINING, RunConfig, published
 from .engine import Engine, step_flops
@@ -82,26 +81,26 @@ def study(self: Stage, **kw) -> Study:  # arguments that both kinds of study hav
     return multitask_study(source, distribution, self.fractions, **kw)
 
 # %% ../../nbs/41_paper.ipynb #55f0e4b3
-_TABLE = "STL HPS TF TF-distillation DF-CNN.direct DF-CNN DF-CNN.tc2"
+_TABLE = "STL HPS TF DF-CNN.direct DF-CNN DF-CNN.tc2"
 _REST = "STL-large ProgNN DEN DF-CNN-reduced DF-CNN.tc2"
 _HOME = "STL STL-large HPS ProgNN DEN DF-CNN"
 _MNIST, _CIFAR10 = ("mnist-heterogeneous", "mnist-homogeneous"), ("cifar10-heterogeneous", "cifar10-homogeneous")
 PLAN = (
     Stage("A first look, short", "nothing: shows that all works", _MNIST[0], "STL DF-CNN", 1, "3%", epochs=10),
-    Stage("Table 1, pairs, fewest data", "M2, M6 in part", _MNIST[0], _TABLE, 2, "3%"),
+    Stage("Table 1, pairs, fewest data", "M2, M6 in part", _MNIST[0], f"{_TABLE} TF-distillation", 2, "3%"),
     Stage("Fig. 3 and 4 after 30 epochs, short", "where a full run is going", "cifar100", "STL HPS DF-CNN", 1, epochs=30),
     Stage("Fig. 3 and 4, the main methods", "S2, S3; P1, P3, F1, F2, F4, T1, S1 in part", "cifar100", "STL HPS DF-CNN", 2),
     Stage("Fig. 3, 4 and 6, the other methods", "P1 to P4, F1 to F6, T1 to T3, S1, C1", "cifar100", _REST, 2),
-    Stage("Table 1, pairs", "M2, M6 in part", _MNIST[0], f"{_TABLE} TF-uniform", 3, "all"),
+    Stage("Table 1, pairs", "M2, M6 in part", _MNIST[0], f"{_TABLE} TF-distillation TF-uniform", 3, "all"),
     Stage("Table 1, one against all", "M1, M6 in part", _MNIST[1], f"{_TABLE} TF-uniform", 3, "all"),
     Stage("Fig. 5 and 7, the main methods", "O1 to O4, S1, S3 in part", "officehome", "STL HPS DF-CNN", 2),
-    Stage("Table 2, pairs", "M3 to M6 in part", _CIFAR10[0], f"{_TABLE} DF-CNN-reduced", 2, "all"),
+    Stage("Table 2, pairs", "M3 to M6 in part", _CIFAR10[0], f"{_TABLE} TF-distillation DF-CNN-reduced", 2, "all"),
     Stage("Table 2, one against all", "M3 to M6", _CIFAR10[1], "STL HPS TF TF-distillation DF-CNN DF-CNN.tc2 DF-CNN-reduced", 2, "all"),
     Stage("Fig. 3, 4 and 6, all trials", "narrower intervals", "cifar100", f"STL HPS DF-CNN {_REST}", 5),
     Stage("Fig. 5 and 7, all", "O1 to O4, S1, S3, C1", "officehome", _HOME, 5),
-    Stage("Table 1, all trials", "narrower intervals", _MNIST[0], f"{_TABLE} TF-uniform", 10, "all"),
+    Stage("Table 1, all trials", "narrower intervals", _MNIST[0], f"{_TABLE} TF-distillation TF-uniform", 10, "all"),
     Stage("Table 1, one against all, all trials", "narrower intervals", _MNIST[1], f"{_TABLE} TF-uniform", 10, "all"),
-    Stage("Table 2, pairs, all trials", "narrower intervals", _CIFAR10[0], f"{_TABLE} DF-CNN-reduced", 10, "all"),
+    Stage("Table 2, pairs, all trials", "narrower intervals", _CIFAR10[0], f"{_TABLE} TF-distillation DF-CNN-reduced", 10, "all"),
     Stage("Table 2, one against all, all trials", "narrower intervals", _CIFAR10[1], "STL HPS TF TF-distillation DF-CNN DF-CNN.tc2 DF-CNN-reduced", 10, "all"),
 )
 
@@ -137,7 +136,7 @@ HOME_IMAGES = (528, 88, 264)  # to train, validate and test on, of a task of Off
 def images_of_task(dataset: str) -> tuple[int, int, int]:
     "Images of one task to train, validate and test on."
     data = DATASETS[dataset]
-    if isinstance(data, MultiTask):
+    if data.together:
         return tuple(data.split.values())
     if "test" in data.split:
         return HOME_IMAGES
@@ -149,23 +148,9 @@ SCORED = 0.3  # of the time of an image in training
 
 
 @lru_cache
-def _flops(method: str, architecture: str, tasks: int, batch_size: int) -> int:
-    return step_flops(method, architecture, tasks, batch_size)
-
-
-@lru_cache
-def _later_move_earlier(method: str, architecture: str) -> bool:
-    "Does a later task change what an earlier one predicts? If not, it is not scored again."
-    with suppress(RuntimeError):  # a network that looks at its values, as DEN does
-        network = build_shapes(method, architecture, 2)
-        return not set(network.trains(1)).isdisjoint(network.uses(0))
-    return True
-
-
-@lru_cache
 def _tasks_scored(config: RunConfig) -> int:
     "How many times a task is scored in a run, which is the same for all its trials."
-    again = config.together or _later_move_earlier(config.method, DATASETS[config.dataset].architecture)
+    again = config.together or config.can_forget
     schedule, scored = config.full_schedule, config.tasks  # before their first epochs
     for epoch, task in enumerate(schedule.tasks):
         due = schedule.scored(epoch)
@@ -178,9 +163,9 @@ def hours_of(
     device: torch.device = torch.device("cpu"),  # that a step is timed on
 ) -> float:
     "Estimated hours of a run on this machine, by itself."
-    architecture, n = DATASETS[config.dataset].architecture, config.tasks
+    architecture, n = config.data.architecture, config.tasks
     train, valid, test = images_of_task(config.dataset)
-    flops = lambda method, tasks: _flops(method, architecture, tasks, config.batch_size)
+    flops = lambda method, tasks: step_flops(method, architecture, tasks, config.batch_size)
     step = step_seconds(architecture, config.batch_size, device) * flops(config.method, n) / flops("STL", 1)
     scored = _tasks_scored(replace(config, trial=0, seed=0))
     images = len(config.full_schedule) * (train - train % config.batch_size) + SCORED * scored * (valid + test)
@@ -200,7 +185,7 @@ class Inventory:
 
     def fetch(self, dataset: str) -> bool:
         "Load the images of a data set, once; are there any?"
-        source = getattr(DATASETS[dataset], "source", "") or dataset
+        source = DATASETS[dataset].source or dataset
         if source not in self.images and source not in self.absent:
             try:
                 self.images[source] = DATASETS[dataset].images(self.data_dir)
@@ -210,7 +195,7 @@ class Inventory:
 
     def has(self, config: RunConfig) -> bool:
         "Is there a record of this run, with the images at hand if they are?"
-        images = self.images.get(getattr(DATASETS[config.dataset], "source", "") or config.dataset)
+        images = self.images.get(config.data.source or config.dataset)
         made_of = self.there.get(config, set())
         return images.fingerprint in made_of if images else bool(made_of)
 
@@ -360,6 +345,6 @@ def whole_paper(
     records, output_dir = Path(records).expanduser(), Path(output_dir).expanduser()
     if not hours and not records.is_dir():
         raise BadInput(f"There is no folder '{records}'. Parameter 'records' names one with run records below it.")
-    if data_dir is not None and hours and not check_path("data_dir", data_dir).exists():
+    if data_dir is not None and not check_path("data_dir", data_dir).exists():
         raise BadInput(f"Data folder '{data_dir}' does not exist. Parameter 'data_dir' names one with your images.")
     return Paper(hours, make_folder(records, "records"), make_folder(output_dir), engine, data_dir)

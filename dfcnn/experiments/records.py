@@ -206,7 +206,7 @@ def _losses(config: RunConfig, images: Images) -> list[float]:
     if key not in _probes:
         tasks = probe_tasks(config.dataset, images, config.tasks)
         with precision(torch.float64):
-            network = build_network(config.method, DATASETS[config.dataset].architecture, length=config.tasks)
+            network = build_network(config.method, config.data.architecture, length=config.tasks)
             if start := network.starts_from:
                 first = start(network.arch, 0, config.tasks)
                 train(task_learner(first, tasks, **config.learning | dict(schedule=replace(config.full_schedule, eval_every=None))))
@@ -383,7 +383,7 @@ def load_network(
     if about.get("made_by") != made_by(Path(folder)):
         raise BadInput(f"The weights in '{folder}' were not made by the run that its config.json describes.")
     network = build_network(
-        config.method, DATASETS[config.dataset].architecture, config.seed_of("init"), length=config.tasks
+        config.method, config.data.architecture, config.seed_of("init"), length=config.tasks
     )
     network.load_state_dict(state)
     return network.eval()

@@ -14,13 +14,13 @@ import numpy as np
 import pandas as pd
 
 from ..core import write_text, writing
-from ..data.binary import MultiTask
 from ..data.datasets import DATASETS
-from ..methods.registry import build_network, title_of
+from ..methods.registry import METHODS, build_network, title_of
 from .drawings import factorization_figure
-from .figures import LIFELONG_REPORT, MULTITASK_REPORT, caption, write_report
+from .figures import LIFELONG_REPORT, MULTITASK_REPORT, caption, fractions_of, write_report
 from .records import Record, load_records
 from .riddle import candidate_of, riddle_caption, riddle_groups
+from .studies import study_command
 
 # %% auto #0
 __all__ = ['OF_READERS', 'figure_data', 'folders', 'render', 'command_of', 'notebook_title', 'index', 'draw_idea', 'render_all']
@@ -46,10 +46,11 @@ OF_READERS = "lifelong", "ablations", "mtl", "any_network", "analysis", "runs"  
 def folders(
     root: str | Path,  # holds folders of records
 ) -> dict[Path, list[Record]]:
-    "The folders below `root` that hold records, and their records; without what a reader has run."
+    "The folders below `root` that hold records, and their records; without what a reader has run, and what is not listed in this process."
     found: dict[Path, list[Record]] = {}
     for r in load_records(root):
-        if r.folder.relative_to(root).parts[0] in OF_READERS:
+        listed = r.config.dataset in DATASETS and r.config.method in METHODS or candidate_of(r.config)[0]
+        if r.folder.relative_to(root).parts[0] in OF_READERS or not listed:
             continue
         found.setdefault(r.folder.parent, []).append(r)
     return dict(sorted(found.items()))
@@ -64,10 +65,8 @@ def render(
     for folder, records in folders(root).items():
         if any(candidate_of(r.config)[0] and "riddle" in folder.relative_to(root).parts for r in records):
             continue  # has a report of its own: see `riddle`
-        if any(r.config.dataset not in DATASETS for r in records):
-            continue
-        data = DATASETS[records[0].config.dataset]
-        report = MULTITASK_REPORT if isinstance(data, MultiTask) else LIFELONG_REPORT
+        data = records[0].config.data
+        report = MULTITASK_REPORT if data.together else LIFELONG_REPORT
         target = folder if into is None else Path(into) / folder.relative_to(root)
         shown = []
 
@@ -92,19 +91,21 @@ def command_of(
 ) -> str:
     "What makes the records of a folder again."
     c = records[0].config
-    data, methods = DATASETS[c.dataset], " ".join(dict.fromkeys(r.config.method for r in records))
-    given = dict(methods=f'"{methods}"', epochs=c.epochs, trials=1 + max(r.config.trial for r in records), eval_every=c.eval_every)
-    given |= dict(seed=c.seed) if c.seed else {}
-    if isinstance(data, MultiTask):
-        fractions = " ".join(dict.fromkeys(DATASETS[r.config.dataset].fraction for r in records))
-        given = dict(dataset=data.source, distribution=data.distribution, fractions=f'"{fractions}"') | given
-        given |= dict(draw=c.schedule) if c.schedule != "uniform" else {}
-        given |= dict(pools="independent") if c.dataset.endswith("-independent") else {}
-        return "papermill nbs/mtl.ipynb out.ipynb " + " ".join(f"-p {k} {v}" for k, v in given.items())
-    given = dict(dataset=c.dataset) | given | dict(score_every=c.score_every)
-    given |= dict(tasks=c.tasks) if c.tasks < len(data.groups()) else {}
-    given |= {k: v for k, v in c.stated.items() if k in ("loss", "mean_squares_restart")}
-    return "papermill nbs/lifelong.ipynb out.ipynb " + " ".join(f"-p {k} {v}" for k, v in given.items())
+    given = dict(
+        fractions=fractions_of(records) if c.together else [],
+        methods=list(dict.fromkeys(r.config.method for r in records)),
+        epochs=c.epochs,
+        trials=1 + max(r.config.trial for r in records),
+        eval_every=c.eval_every,
+        seed=c.seed or None,
+        score_every=None if c.together else c.score_every,
+        tasks=c.tasks if c.tasks < len(c.data.groups()) else None,
+        pools="independent" if c.dataset.endswith("-independent") else None,
+    )
+    beyond = {k: v for k, v in c.changed.items() if k in ("lr", "batch_size", "decay")}
+    said = f"  # with {', '.join(f'{k} {v}' for k, v in beyond.items())}, which have no parameter there" * bool(beyond)
+    return study_command(c.data, **given, **{k: v for k, v in c.changed.items() if k not in beyond}) + said
+
 
 # %% ../../nbs/43_reports.ipynb #d47f5f57
 def notebook_title(

@@ -17,16 +17,16 @@ import torch
 from ..core import check_choice, check_number, pick_device
 from ..data.datasets import DATASETS
 from ..data.images import Images
-from ..data.tasks import DataSet, Task
+from ..data.tasks import DataSet
 from ..methods.base import Dropout
 from ..methods.registry import METHODS, register, title_of
 from .configuration import LATER, TRAINING, RunConfig, published, scoring_interval
-from .figures import caption, color_of, finish, panels, target
+from .figures import caption, color_of, finish, legend, panels, target
 from .metrics import accuracy_by_epoch, own_phase
 from .paper import images_of_task
 from .records import Record, load_record
 from .runs import run
-from .studies import split_names
+from .studies import check_places, split_names
 
 # %% auto #0
 __all__ = ['VARIANTS', 'CANDIDATES', 'METHODS_ASKED', 'SIGNS', 'CONTROL', 'in_order', 'ScaledAtOnce', 'scaled_at_once',
@@ -57,12 +57,10 @@ def _statistics(images: Images) -> tuple[torch.Tensor, torch.Tensor]:
 class ScaledAtOnce(DataSet):
     "A data set whose images are all scaled in the same way."
 
-    def draw(self, images: Images, name: str, classes: list[str], seed: int, trial: int) -> Task:
-        "One task, with its images scaled."
-        raw = DataSet(**{f.name: getattr(self, f.name) for f in fields(self)} | dict(standardized=False))
-        task, (std, mean) = raw.draw(images, name, classes, seed, trial), _statistics(images)
-        scaled = {k: getattr(task, k)._replace(x=(getattr(task, k).x - mean) / std) for k in ("train", "valid", "test")}
-        return replace(task, **scaled)
+    def scaled(self, x: torch.Tensor, images: Images) -> torch.Tensor:
+        "Scaled with the statistics of all training images."
+        std, mean = _statistics(images)
+        return (x - mean) / std
 
 
 def scaled_at_once(
@@ -191,7 +189,7 @@ def _record_of(folder: Path, config: RunConfig) -> tuple[Path, bool]:
 
 def riddle_study(
     dataset: str = "cifar100",  # or "shapes", to see it work
-    methods: str | list[str] = METHODS_ASKED,  # keys of `registry.METHODS`
+    methods: str | list[str] = "all",  # of `METHODS_ASKED`
     candidates: str | list[str] = "all",  # keys of `CANDIDATES`, commas between them
     epochs: int = 20,  # per task
     longer: int | None = 200,  # epochs per task of "mean loss and restart" in longer runs; None: no such runs
@@ -202,15 +200,17 @@ def riddle_study(
 ) -> Riddle:
     "Check everything, list the runs, every candidate on the same methods, and load the images if there is something to run."
     dataset = check_choice("data set", dataset, ["cifar100", "shapes"])
-    methods = [check_choice("method", m, METHODS) for m in split_names("methods", list(methods) if isinstance(methods, tuple) else methods, METHODS)]
-    names = [n.strip() for n in candidates.split(",")] if isinstance(candidates, str) else list(candidates)
+    methods = split_names("methods", methods, METHODS_ASKED)
+    methods = list(METHODS_ASKED) if methods == ["all"] else [check_choice("method", m, METHODS_ASKED) for m in methods]
+    names = split_names("candidates", candidates.split(",") if isinstance(candidates, str) else candidates, CANDIDATES)
     names = list(CANDIDATES) if names == ["all"] else [check_choice("candidate", n, CANDIDATES) for n in names]
+    check_places(DATASETS[dataset], data_dir, output_dir)
     lengths = [(check_number("epochs", epochs, 1, 1_000_000), names)]
     if longer is not None:
         lengths.append((check_number("longer", longer, 1, 1_000_000), ["mean loss and restart"]))
     tasks, device = check_number("tasks", tasks, 1, 10), pick_device(device)
     runs = {CANDIDATES[n].config(dataset, m, e, tasks): n for e, some in lengths for n in some for m in methods}
-    folder = Path(output_dir)
+    folder = Path(output_dir).expanduser()
     missing = any(not _record_of(folder, config)[1] for config in runs)
     return Riddle(runs, DATASETS[dataset].images(data_dir) if missing else None, folder, device)
 
@@ -328,13 +328,15 @@ def riddle_table(
 
 
 # %% ../../nbs/42_riddle.ipynb #89f2cfbd
-def riddle_figure(records: Sequence[Record]) -> plt.Figure:  # of one group
+def riddle_figure(records: Sequence[Record]) -> plt.Figure | None:  # of one group; None where no record is a candidate's
     "Test accuracy of a task by the epochs it has been trained for, a panel for each candidate; dotted: the paper's peaks."
     groups: dict[str, list[Record]] = {}
     for r in records:
         groups.setdefault(candidate_of(r.config)[0], []).append(r)
     groups.pop("", None)
     groups = {n: groups[n] for n in CANDIDATES if n in groups}
+    if not groups:
+        return None
     fig, axs = panels(len(groups), 3.2, 2.2, sharex=True, sharey=True)
     for ax, (name, rs) in zip(axs, groups.items()):
         for method in METHODS_ASKED:
@@ -344,7 +346,7 @@ def riddle_figure(records: Sequence[Record]) -> plt.Figure:  # of one group
                     ax.plot(100 * accuracy_by_epoch(r.history), color=color_of(method), lw=1.5, label=title_of(method))
         ax.set_title(name, fontsize=9)
         ax.grid(alpha=0.3)
-    fig.legend(*axs[0].get_legend_handles_labels(), fontsize=8, loc="outside right center")
+    legend(fig)
     fig.supxlabel("epochs of the task", fontsize=9)
     fig.supylabel("test accuracy (%)", fontsize=9)
     return finish(fig, _as_released(records), "The candidates; dotted: the peaks that the paper prints")

@@ -89,7 +89,7 @@ class PendingRun:
         config, seed = self.config, self.config.seed_of("init")
         drawn = dict(n_tasks=config.tasks, trial=config.trial, seed=config.seed)
         self.tasks = task_sequence(config.dataset, images, **drawn)
-        architecture = DATASETS[config.dataset].architecture
+        architecture = config.data.architecture
         self.network = build_network(config.method, architecture, seed, length=config.tasks)
         start = self.network.starts_from
         self.first = start and start(self.network.arch, seed, config.tasks)

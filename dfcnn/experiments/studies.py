@@ -17,19 +17,19 @@ from fastcore.basics import patch
 from fastcore.meta import delegates
 
 from ..core import BadInput, brief, check_choice, check_number, check_path
-from ..data.binary import COUNTS, MultiTask, multitask_dataset
+from ..data.binary import COUNTS, multitask_dataset
 from ..data.datasets import DATASETS, own_dataset, task_sequence
 from ..data.images import Images
 from ..data.tasks import DataSet, Task
 from ..methods.base import count_parameters
 from ..methods.registry import METHODS, build_shapes, can_build
-from .configuration import LATER, RunConfig, published, training_of
+from .configuration import RunConfig, published, training_of
 from .engine import Engine, Failure, ProgressMonitor, Unfinished, WorkerDied, epochs_done, epochs_of, step_flops
 from .records import Record, made_with
 
 # %% auto #0
 __all__ = ['Study', 'RunsFailed', 'split_names', 'pick_methods', 'base_config', 'make_folder', 'check_places', 'lay_out',
-           'lifelong_study', 'multitask_study', 'notebook_parameters']
+           'lifelong_study', 'multitask_study', 'study_command', 'notebook_parameters']
 
 # %% ../../nbs/35_studies.ipynb #8abf4ae1
 @dataclass
@@ -45,7 +45,7 @@ class Study:
 
     @property
     def dataset(self) -> DataSet:
-        return DATASETS[self.configs[0].dataset]
+        return self.configs[0].data
 
     def tasks(self, trial: int) -> list[Task]:
         "The tasks of one trial, which are the same for every method."
@@ -58,7 +58,7 @@ def describe(self: Study) -> str:  # Markdown
     "What is about to be run, in one paragraph and a table of methods."
     c, paper = self.configs[0], training_of(self.dataset)
     trials = 1 + max(c.trial for c in self.configs)
-    titles = list(dict.fromkeys(DATASETS[c.dataset].title for c in self.configs))
+    titles = list(dict.fromkeys(c.data.title for c in self.configs))
     epochs = (
         f"{c.epochs} epochs in all, tasks in {c.schedule} draw"
         if c.together
@@ -77,7 +77,7 @@ def describe(self: Study) -> str:  # Markdown
         ),
         "",
     ]
-    if other := ", ".join(f"{k} {v}" for k, v in c.stated.items() if k in LATER):
+    if not self.dataset.own and (other := ", ".join(f"{k} {v}" for k, v in c.changed.items())):
         lines += [f"**Other settings than the released ones**: {other}.", ""]
     if c.short:
         lines += [
@@ -146,8 +146,7 @@ class RunsFailed(RuntimeError):
 @patch
 def title_of(self: Study, config: RunConfig) -> str:
     "A run as the user knows it."
-    fraction = getattr(DATASETS[config.dataset], "fraction", "")
-    at = f" at {fraction}" if fraction else ""
+    at = f" at {config.data.fraction}" * bool(config.data.fraction)
     return f"{METHODS[config.method].title}{at}, trial {config.trial + 1}"
 
 
@@ -285,7 +284,7 @@ def check_places(
         check_path("data_dir", data_dir)
     check_path("output_dir", output_dir)
     if dataset.stand_in and data_dir is not None and not dataset.own:
-        real = "mnist or cifar10" if isinstance(dataset, MultiTask) else "cifar100 or officehome"
+        real = "mnist or cifar10" if dataset.together else "cifar100 or officehome"
         raise BadInput(
             f"'{dataset.name}' comes with the package and takes no data_dir. For real images choose dataset"
             f" {real}."
@@ -333,7 +332,7 @@ def lay_out(
 # %% ../../nbs/35_studies.ipynb #17e9ff9d
 def _lifelong_dataset(name: str, data_dir: str | None, size: int | None) -> DataSet:
     "The data set that a study names; that of a user's own images is made from their folder."
-    listed = [d for d in DATASETS if not (isinstance(DATASETS[d], MultiTask) or DATASETS[d].own)]
+    listed = [d for d in DATASETS if not (DATASETS[d].together or DATASETS[d].own)]
     name = check_choice("data set", name, [*listed, "folders"])
     if name != "folders":
         if size is not None:
@@ -418,18 +417,30 @@ def multitask_study(
     folder = f"{dataset}-{distribution}"
     return lay_out(config, datasets, folder, methods, trials, data_dir, output_dir, Engine(**kwargs))
 
+# %% ../../nbs/35_studies.ipynb #57c00002
+def study_command(
+    data: DataSet,  # a listed one
+    **parameters: Any,  # of `lifelong_study` or `multitask_study`; those that are None or an empty list are left out
+) -> str:
+    "The command that runs a study on a data set."
+    where = dict(dataset=data.source, distribution=data.distribution) if data.together else dict(dataset=data.name)
+    given = {k: v for k, v in (where | parameters).items() if v not in (None, [])}
+    typed = [f"-p {k} " + (f'"{" ".join(v)}"' if isinstance(v, list) else f"{v}") for k, v in given.items()]
+    return " ".join([f"papermill nbs/{'mtl' if data.together else 'lifelong'}.ipynb out.ipynb", *typed])
+
+
 # %% ../../nbs/35_studies.ipynb #faa2eddc
 def notebook_parameters(
     namespace: dict[str, Any],  # the notebook's `globals()`
-    target: Callable,  # the function that takes the parameters
-) -> dict[str, Any]:  # keyword arguments for `target`
-    "The notebook's variables that are arguments of `target`, checked against what papermill set."
+    target: Callable | Sequence[str],  # the function that takes the parameters, or their names
+) -> dict[str, Any]:  # name -> value
+    "The notebook's parameters, checked against what papermill set."
     injected = [cell for cell in namespace.get("In", []) if cell.startswith("# Parameters\n")]
     if "get_ipython" in namespace:  # in a notebook a refusal is one sentence, not a page of calls
         namespace["get_ipython"]().set_custom_exc((BadInput, RunsFailed), _show_refusal)
         if not injected:
             _leave_nbs()
-    choices = list(inspect.signature(target).parameters)
+    choices = list(inspect.signature(target).parameters if callable(target) else target)
     given = {k: namespace[k] for k in choices if k in namespace}
     for cell in injected:
         asked: dict[str, Any] = {}

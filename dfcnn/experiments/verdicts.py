@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import dataclass
 from functools import cache
 from typing import Callable, Sequence
 
@@ -14,7 +14,6 @@ import numpy as np
 import pandas as pd
 from fastcore.basics import patch
 
-from ..data.binary import MultiTask
 from ..data.datasets import DATASETS
 from ..methods.base import count_parameters
 from ..methods.registry import METHODS, build_shapes, title_of
@@ -25,8 +24,8 @@ from .records import Record
 
 
 # %% auto #0
-__all__ = ['WIDE', 'NONE', 'APART', 'LENGTH', 'LEANS', 'NOT_RUN', 'Rule', 'above', 'below', 'within', 'studies', 'variant',
-           'Metric', 'schedule_of', 'doubts', 'Evidence', 'single', 'difference', 'ratio', 'Counted']
+__all__ = ['WIDE', 'NONE', 'PARTS', 'APART', 'LENGTH', 'LEANS', 'NOT_RUN', 'Rule', 'above', 'below', 'within', 'studies',
+           'variant', 'Metric', 'schedule_of', 'doubts', 'Evidence', 'single', 'difference', 'ratio', 'Counted']
 
 # %% ../../nbs/38_verdicts.ipynb #9f659e1d
 @dataclass(frozen=True)
@@ -77,9 +76,9 @@ def studies(
 ) -> list[list[Record]]:  # the longest schedule first, then the most tasks, then the most trials
     "Records, grouped into those that may be shown together."
     groups: dict[str, dict] = {}
-    for r in sorted(records, key=lambda r: str(r.made_with.get("started"))):
-        alike, data = comparable(r), DATASETS[r.config.dataset]
-        if join and isinstance(data, MultiTask):
+    for r in sorted(records, key=lambda r: r.made_with.get("started") or ""):
+        alike, data = comparable(r), r.config.data
+        if join and data.together:
             alike["dataset"] = r.config.dataset.replace(f"-{data.fraction}", "")
         groups.setdefault(json.dumps(alike, sort_keys=True), {})[
             (r.config.dataset, r.config.method, r.config.trial)
@@ -94,16 +93,10 @@ def studies(
 
 
 def variant(config: RunConfig) -> str:
-    "The settings in which a run differs from the published ones, in words; empty where there are none."
-    paper = TRAINING[DATASETS[config.dataset].architecture]
-    usual = {f.name: f.default for f in fields(config) if f.default is not MISSING}
-    usual |= dict(batch_size=paper.batch_size, lr=paper.lr, decay=paper.decay)
-    usual |= dict(schedule="uniform" if config.together else "lifelong")
-    usual |= dict(epochs=paper.epochs) if config.epochs > paper.epochs else {}  # a longer schedule is not the paper's
-    free = ("trial", "seed", "score_every")
-    return ", ".join(
-        f"{k} {v}" for k, v in vars(config).items() if k in usual and k not in free and v != usual[k]
-    )
+    "The settings in which a run differs from the published ones, in words; empty where there are none. A longer schedule is not the paper's."
+    longer = dict(epochs=config.epochs) if config.epochs > TRAINING[config.data.architecture].epochs else {}
+    return ", ".join(f"{k} {v}" for k, v in (longer | config.changed).items())
+
 
 # %% ../../nbs/38_verdicts.ipynb #19052144
 @dataclass(frozen=True)
@@ -130,6 +123,7 @@ def doubts(values: Sequence[float], study: Sequence[Record]) -> list[str]:
 
 # %% ../../nbs/38_verdicts.ipynb #ee745d5d
 WIDE, NONE = "the interval reaches over the bound", "no trial is long enough for it, in tasks or in epochs"
+PARTS = "no trial that has all of them, on the same images and with the same settings"
 APART = "no trial whose records say that both runs were made on one computer"
 LENGTH = "no trial with the paper's number of epochs"
 LEANS = {"reproduced": "as claimed", "contradicted": "otherwise", "undecided": "to neither side"}  # the mean, if it were known exactly
@@ -209,6 +203,24 @@ def as_it_stands(self: Evidence, groups: Sequence[Sequence[Record]]) -> dict[str
 
 # %% ../../nbs/38_verdicts.ipynb #39838793
 @patch
+def why_not(self: Evidence, groups: Sequence[Sequence[Record]]) -> str:
+    "Why the records do not have it."
+    trials: dict[tuple[int, int], set[str]] = {}  # study and trial -> methods
+    for i, g in enumerate(groups):
+        for r in g:
+            if r.config.dataset == self.dataset:
+                trials.setdefault((i, r.config.trial), set()).add(r.config.method)
+    there = set().union(*trials.values())
+    if not there:
+        return f"no record on {DATASETS[self.dataset].title}"
+    if missing := [title_of(m) for m in self.methods if m not in there]:
+        return f"no record of {', '.join(missing)}"
+    if not any(set(self.methods) <= of for of in trials.values()):
+        return PARTS
+    return APART if self.one_machine else LENGTH if self.full_length else NONE
+
+
+@patch
 def find(
     self: Evidence,
     groups: Sequence[Sequence[Record]],  # as `studies` returns them
@@ -218,14 +230,7 @@ def find(
     data = DATASETS[self.dataset].title
     row = dict(data=data, metric=self.metric, what=self.what, claimed=str(self.rule))
     if not len(values):
-        there = {r.config.method for g in groups for r in g if r.config.dataset == self.dataset}
-        missing = [title_of(m) for m in self.methods if m not in there]
-        why = (
-            f"no record on {data}"
-            if not there
-            else f"no record of {', '.join(missing)}" if missing else APART if self.one_machine else LENGTH if self.full_length else NONE
-        )
-        return row | dict(NOT_RUN, because=why)
+        return row | dict(NOT_RUN, because=self.why_not(groups))
     why = doubts(values, study)
     there, several = self.rule.decide(values), self.as_it_stands(groups)
     return row | dict(
