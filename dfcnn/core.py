@@ -246,8 +246,9 @@ def load_tensors(
 # %% ../nbs/00_core.ipynb #5e95916b
 def cache_dir() -> Path:
     "The folder for decoded and downloaded data: `$DFCNN_CACHE`, else `dfcnn` in the user's cache folder."
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("DFCNN_CACHE") or Path(home) / "dfcnn")
+    if chosen := os.environ.get("DFCNN_CACHE"):
+        return Path(chosen).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dfcnn"
 
 # %% ../nbs/00_core.ipynb #c0de0006
 @contextmanager

@@ -9,6 +9,7 @@ import copy
 import hashlib
 import json
 import os
+import re
 import tempfile
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
@@ -22,12 +23,13 @@ import pandas as pd
 import torch
 from PIL import Image
 from fastcore.all import L, delegates, patch
+from filelock import FileLock
 from scipy import stats
 from torch import nn
 
 import dfcnn
 from .core import BadInput, brief, check_choice, check_number, check_path, checksum, load_tensors, pick_device, quiet_imports, save_tensors, seeded, stream_seed, write_text
-from .data.folders import OwnTasks, Preparation, find_name, task_from_folder, tasks_from_datasets, tasks_from_folder
+from .data.folders import OwnTasks, Preparation, check_name, find_name, task_from_folder, tasks_from_datasets, tasks_from_folder
 from .data.images import file_sha256
 from .data.tasks import Split, Task
 from .methods.architectures import Architecture, architecture_for
@@ -35,7 +37,7 @@ from .methods.base import LifelongNetwork, count_parameters
 from .methods.deconvolutional import DFCNN
 from .methods.factorize import FactorizedNetwork, Form
 from .methods.registry import METHODS, Method
-from .methods.sharing import HPS, STL
+from .methods.sharing import HPS, SNN, STL
 from .training.callbacks import Augment, FitSettings, ShowEpochs, StopEarly
 from .training.checkpoint import Checkpoint
 from .training.evaluation import HISTORY, wilson
@@ -49,10 +51,8 @@ with quiet_imports():
 _all_ = ["DFCNN", "HPS", "STL", "OwnTasks", "aug_transforms", "tasks_from_datasets", "tasks_from_folder"]
 
 # %% auto #0
-__all__ = ['MODEL', 'TRAINING', 'FORMAT', 'OURS', 'cnn_layers', 'like', 'OneTask', 'recorded', 'plain_network', 'Learned',
-           'find_method', 'check_prepared', 'ImageLearner', 'image_learner', 'check_folder', 'learned_in', 'read_model',
-           'load_learner', 'compare', 'DFCNN', 'HPS', 'STL', 'OwnTasks', 'aug_transforms', 'tasks_from_datasets',
-           'tasks_from_folder']
+__all__ = ['Learned', 'ImageLearner', 'image_learner', 'load_learner', 'compare', 'DFCNN', 'HPS', 'STL', 'OwnTasks',
+           'aug_transforms', 'tasks_from_datasets', 'tasks_from_folder']
 
 # %% ../nbs/50_vision.ipynb #095cbcc9
 def cnn_layers(
@@ -126,7 +126,7 @@ def plain_network(
     scale.running_mean.copy_(torch.tensor(prepare.mean)), scale.running_var.copy_(torch.tensor(prepare.std) ** 2)
     if isinstance(network, FactorizedNetwork):
         layers = [network.task_network(task)]
-    elif type(network).forward in (LifelongNetwork.forward, METHODS["SNN"].network.forward):
+    elif type(network).forward in (LifelongNetwork.forward, SNN.forward):
         layers = cnn_layers(network, task, prepare.size)
     else:
         layers = [recorded(network, task, (prepare.channels, prepare.size, prepare.size))]
@@ -144,8 +144,13 @@ class Learned:
     seconds: float  # that training and scoring took
     correct: list[int | None]  # after it was learned: test images that were right of each task up to it; None: no images
     content: str = ""  # checksum of its images and labels; models that were made before have none
+    tfms: list[str] | None = None  # batch transforms in its training; None: not known
+
 
 # %% ../nbs/50_vision.ipynb #34d5bd1e
+MODEL, CHECKPOINT = "model.json", "training.safetensors"  # in the folder of a model: what it is, and the last checkpoint
+
+
 def find_method(method: str | type[LifelongNetwork]) -> Method:
     "A listed method by its name, or by its class."
     if isinstance(method, type):
@@ -162,6 +167,11 @@ def find_method(method: str | type[LifelongNetwork]) -> Method:
     return found
 
 
+def worded(tfms: Sequence[Callable]) -> list[str]:
+    "Batch transforms in words, the same in every process."
+    return [re.sub(r" at 0x\w+", "", str(getattr(t, "__qualname__", t))) for t in tfms]
+
+
 def check_prepared(
     task: Task,
     prepare: Preparation,  # of the model's images
@@ -176,7 +186,7 @@ def check_prepared(
             )
     return task
 
-
+# %% ../nbs/50_vision.ipynb #34d5bd1f
 class ImageLearner:
     "A model that learns a user's tasks one after the other."
 
@@ -194,6 +204,7 @@ class ImageLearner:
         self.network, self.method, self.tasks, self.prepare = network, method, list(tasks), prepare
         self.settings, self.device, self.tfms = settings, torch.device(device), list(L(tfms))
         self.folder = None if folder is None else check_path("folder", folder)
+        self.images = True  # are test images kept with the model?
         self.learned: list[Learned] = []
         self.history = pd.DataFrame(columns=[*HISTORY, "task"])  # scores of every epoch
 
@@ -233,7 +244,7 @@ def image_learner(
     outputs = max(len(t.classes) for t in tasks)
     arch = architecture_for(prepare.channels, prepare.size, outputs, method.size)
     network = method.network(arch, stream_seed(settings.seed, "init"), length=len(tasks))
-    if twice := [name for name, n in Counter(t.name for t in tasks).items() if n > 1]:
+    if twice := [name for name, n in Counter(check_name(t.name) for t in tasks).items() if n > 1]:
         raise BadInput(f"There are several tasks called '{twice[0]}'. Give each a name of its own.")
     learn = ImageLearner(network, method, tasks, prepare, settings, pick_device(device), folder, tfms)
     for task in tasks:  # some may have been read from elsewhere, and scaled by their own images
@@ -241,9 +252,6 @@ def image_learner(
     if learn.folder:
         check_folder(learn.folder)
     return learn.go_on() if learn.folder and (learn.folder / MODEL).exists() else learn
-
-
-MODEL, TRAINING = "model.json", "training.safetensors"  # in the folder of a model: what it is, and the last checkpoint
 
 # %% ../nbs/50_vision.ipynb #2aad9af9
 @patch
@@ -310,7 +318,7 @@ def learn_next(
     self.history = pd.concat([self.history, history], ignore_index=True) if len(self.history) else history
     sizes = [len(s.y) for s in (task.train, task.valid, task.test)]
     trained = history[history.split == "train"]
-    self.learned.append(Learned(task.name, task.classes, sizes, len(trained), float(history.seconds.sum()), correct, self.content(task)))
+    self.learned.append(Learned(task.name, task.classes, sizes, len(trained), float(history.seconds.sum()), correct, self.content(task), worded(self.tfms)))
     self.report()
     if self.folder:
         self.keep()
@@ -320,7 +328,7 @@ def learn_next(
 def keep(self: ImageLearner) -> None:
     "Write the model to its folder, where a checkpoint is not needed then."
     self.export(self.folder)
-    Checkpoint(self.folder / TRAINING).remove()
+    Checkpoint(self.folder / CHECKPOINT).remove()
 
 
 @patch
@@ -388,9 +396,9 @@ def checkpoint(
             pass
     except OSError as e:
         raise BadInput(f"Nothing can be written to '{self.folder}' ({e}). Choose another folder, or learn without one.") from e
-    about = dict(settings=json.dumps(asdict(settings)), known=json.dumps([asdict(t) for t in self.learned]), task=json.dumps([task.name, task.classes]), method=self.method.name, code=self.method.code, content=self.content(task))
+    about = dict(settings=json.dumps(asdict(settings)), known=json.dumps([asdict(t) for t in self.learned]), task=json.dumps([task.name, task.classes]), method=self.method.name, code=self.method.code, content=self.content(task), tfms=json.dumps(worded(self.tfms)))
     network = {k: v.cpu().contiguous() for k, v in self.network.state_dict().items()}
-    return Checkpoint(self.folder / TRAINING, every, checksum(network, about))
+    return Checkpoint(self.folder / CHECKPOINT, every, checksum(network, about))
 
 # %% ../nbs/50_vision.ipynb #21f8cfdd
 @patch
@@ -406,7 +414,9 @@ def predict(
     names = [task] * len(images) if task is None or isinstance(task, str) or not isinstance(task, Iterable) else list(task)
     if len(names) != len(images):
         raise BadInput(f"There are {len(images)} images and {len(names)} tasks. Give one task, or one for each image.")
-    places = [self.index(name) for name in names] or [self.index(task)]
+    places = [self.index(name) for name in names]
+    if not images and not isinstance(task, (list, tuple)):
+        self.index(task)  # is it one?
     x, results = [self.prepare(o) for o in images], [None] * len(images)
     for t in sorted(set(places)) if images else ():
         of = [i for i, place in enumerate(places) if place == t]
@@ -436,7 +446,7 @@ def _grid(images: torch.Tensor, titles: Sequence[str], colors: Sequence[str], co
         ax.axis("off")
     for ax, x, title, color in zip(axs.flat, images, titles, colors):
         ax.imshow(x.permute(1, 2, 0).squeeze(-1).numpy(), cmap="gray")
-        ax.set_title(title, fontsize=7, color=color, pad=2)
+        ax.set_title(title, fontsize=7, color=color, pad=2, parse_math=False)
     plt.close(fig)
     return fig
 
@@ -478,7 +488,7 @@ def show_results(
 
 # %% ../nbs/50_vision.ipynb #7e672570
 FORMAT = 2  # of the folder
-OURS = "network-", "images-", "history-", TRAINING, "training-previous", "training-foreign", "training-new"  # how the names of a model's other files begin
+OURS = "network-", "images-", "history-", CHECKPOINT, "training-previous", "training-foreign", "training-new"  # how the names of a model's other files begin
 
 
 def check_folder(folder: Path) -> None:
@@ -496,55 +506,12 @@ def learned_in(folder: Path) -> set[str]:
         return set()
 
 
-@patch
-def export(
-    self: ImageLearner,
-    folder: str | Path,  # a new one, an empty one, or one that holds a model
-    images: bool = True,  # keep the test images of the tasks?
-) -> Path:
-    "Write the model to a folder; `load_learner` reads it."
-    if not self.learned:
-        raise BadInput("Nothing is learned yet: call `fit()` before `export`.")
-    folder, n = check_path("folder", folder), len(self.learned)
-    check_folder(folder)
-    if lost := learned_in(folder) - {of.name for of in self.learned}:
-        raise BadInput(f"The model in '{folder}' has learned {', '.join(sorted(lost))}, which this one has not. Choose another folder, or go on with that model by `load_learner`.")
-    tensors = {}
-    for t, task in enumerate(self.tasks[:n]):
-        tensors |= {f"{t}.x": self.prepare.pixels(task.test.x), f"{t}.y": task.test.y} if images else {}
-    written = {
-        "network-{}.safetensors": partial(save_tensors, self.network.state_dict()),
-        "images-{}.safetensors": partial(save_tensors, tensors),
-        "history-{}.csv": lambda path: self.history.to_csv(path, index=False),
-    }
-    files = {name.partition("-")[0]: _put(write, folder, name) for name, write in written.items()}
-    about = dict(
-        format=FORMAT,
-        dfcnn=dfcnn.__version__,
-        method=self.method.name,
-        code=self.method.code,
-        length=max(n, len(self.tasks)),
-        seed=self.network.seed,
-        architecture=asdict(self.network.arch),
-        prepare=asdict(self.prepare),
-        settings=asdict(self.settings),
-        tasks=[asdict(t) for t in self.learned],
-        files=files,
-    )
-    write_text(folder / MODEL, json.dumps(about | dict(sha256=_sha256(about)), indent=1))
-    for old in (file for name in written for file in folder.glob(name.format("*"))):
-        if old.name not in [f["name"] for f in files.values()]:
-            old.unlink()
-    return folder
-
-
 def _put(
     write: Callable[[Path], object],
     folder: Path,
     name: str,  # with a place for the checksum
 ) -> dict[str, str]:  # the name that it has now, and the whole checksum
     "Write a file that is named by its content."
-    folder.mkdir(parents=True, exist_ok=True)
     write(new := folder / name.format("new"))
     sha256 = file_sha256(new)
     new.replace(folder / name.format(sha256[:12]))
@@ -553,6 +520,58 @@ def _put(
 
 def _sha256(about: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
+
+
+def _write(learn: ImageLearner, folder: Path, images: bool) -> Path:
+    "Write a model to a folder that no other process writes to meanwhile."
+    if lost := learned_in(folder) - {of.name for of in learn.learned}:
+        raise BadInput(f"The model in '{folder}' has learned {', '.join(sorted(lost))}, which this one has not. Choose another folder, or go on with that model by `load_learner`.")
+    tensors, n = {}, len(learn.learned)
+    for t, task in enumerate(learn.tasks[:n]):
+        tensors |= {f"{t}.x": learn.prepare.pixels(task.test.x), f"{t}.y": task.test.y} if images else {}
+    written = {
+        "network-{}.safetensors": partial(save_tensors, learn.network.state_dict()),
+        "images-{}.safetensors": partial(save_tensors, tensors),
+        "history-{}.csv": lambda path: write_text(path, learn.history.to_csv(index=False)),
+    }
+    files = {name.partition("-")[0]: _put(write, folder, name) for name, write in written.items()}
+    about = dict(
+        format=FORMAT,
+        dfcnn=dfcnn.__version__,
+        method=learn.method.name,
+        code=learn.method.code,
+        length=max(n, len(learn.tasks)),
+        seed=learn.network.seed,
+        architecture=asdict(learn.network.arch),
+        prepare=asdict(learn.prepare),
+        settings=asdict(learn.settings),
+        tasks=[asdict(t) for t in learn.learned],
+        files=files,
+        images=images,
+    )
+    write_text(folder / MODEL, json.dumps(about | dict(sha256=_sha256(about)), indent=1))
+    patterns = [p for name in written for p in (name.format("*"), f".{name.format('*')}.*")]  # of a write that was killed, too
+    for old in (file for pattern in patterns for file in folder.glob(pattern)):
+        if old.name not in [f["name"] for f in files.values()]:
+            old.unlink()
+    return folder
+
+
+# %% ../nbs/50_vision.ipynb #7e672571
+@patch
+def export(
+    self: ImageLearner,
+    folder: str | Path,  # a new one, an empty one, or one that holds a model
+    images: bool | None = None,  # keep the test images of the tasks? None: as the model was kept before, else yes
+) -> Path:
+    "Write the model to a folder; `load_learner` reads it."
+    if not self.learned:
+        raise BadInput("Nothing is learned yet: call `fit()` before `export`.")
+    folder, images = check_path("folder", folder), self.images if images is None else images
+    check_folder(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / ".lock"):  # another process may keep the same model
+        return _write(self, folder, images)
 
 # %% ../nbs/50_vision.ipynb #0298abc9
 def read_model(folder: Path) -> dict[str, Any]:
@@ -631,7 +650,7 @@ def _build(about: dict[str, Any], folder: Path, device: torch.device, tfms: Sequ
     learn = ImageLearner(network.to(device).eval(), method, tasks, prepare, settings, device, folder if keep else None, tfms)
     numbers = {k: t for k, t in HISTORY.items() if t != "object"}  # all else is text, whatever it looks like
     learn.history = pd.read_csv(folder / about["files"]["history"]["name"], dtype=dict.fromkeys([*HISTORY, "task"], str) | numbers, keep_default_na=False, na_values=dict.fromkeys(numbers, ""))
-    learn.learned = [Learned(**of) for of in about["tasks"]]
+    learn.learned, learn.images = [Learned(**of) for of in about["tasks"]], about.get("images", True)
     return learn
 
 # %% ../nbs/50_vision.ipynb #c6615dc3
@@ -644,13 +663,15 @@ def go_on(self: ImageLearner) -> ImageLearner:
     theirs = [(t.name, t.classes, t.images) for t in there.learned]
     same = [getattr(there, k) == getattr(self, k) for k in ("method", "prepare", "settings")]
     kept = all(not len(theirs.test.y) or torch.equal(theirs.test.x, mine.test.x) for theirs, mine in zip(there.tasks, self.tasks))
-    seen = all(of.content in ("", self.content(task)) for of, task in zip(there.learned, self.tasks))
-    if mine[: len(theirs)] != theirs or not all(same) or not kept or not seen:
+    seen = all(of.content in ("", self.content(task)) and of.tfms in (None, worded(self.tfms)) for of, task in zip(there.learned, self.tasks))
+    both = min(len(mine), len(theirs))  # it may have learned more, by `add_task`
+    if mine[:both] != theirs[:both] or not all(same) or not kept or not seen:
         raise BadInput(
             f"'{self.folder}' holds a model of other tasks, images or settings ({', '.join(t.name for t in there.learned)} by"
             f" {there.method.title}). Choose another folder, or go on with it by `load_learner`."
         )
-    self.network, self.learned, self.history = there.network, there.learned, there.history
+    self.network, self.learned, self.history, self.images = there.network, there.learned, there.history, there.images
+    self.tasks += there.tasks[both:][len(self.tasks) - both :]
     print(f"Learned already, by '{self.folder}': {', '.join(t.name for t in self.learned)}.")
     return self
 
@@ -667,6 +688,7 @@ def add_task(
     "Learn one more task, and say what that did to the others."
     if len(self.learned) < len(self.tasks):
         raise BadInput(f"'{self.tasks[len(self.learned)].name}' is not learned yet: call `fit()` first.")
+    name = name and check_name(name)
     if isinstance(source, (str, Path)):
         task = task_from_folder(source, self.prepare, shares, self.settings.seed)
     elif isinstance(source, Task):
@@ -675,12 +697,17 @@ def add_task(
         (task,) = tasks_from_datasets({name: source}, shares=shares, seed=self.settings.seed, prepare=self.prepare)
     else:
         raise BadInput("Give the task a `name`: it is not a folder, which would have one.")
-    task = replace(task, name=name or task.name)
+    task = replace(task, name=name or check_name(task.name))
     if not all(len(s.y) for s in (task.train, task.valid, task.test)):
         raise BadInput(f"Task '{task.name}' needs images to train, to validate and to test on, but one of these sets is empty.")
     if task.name in self.names:
         unkept = self.folder and task.name not in learned_in(self.folder)
+        if self.folder and not unkept and self.learned[self.index(task.name)].content == self.content(task):  # the same lines run again
+            print(f"Learned already, by '{self.folder}': {task.name}.")
+            return self
         raise BadInput(f"There is a task '{task.name}' already. " + ("It is learned, and could not be kept: `fit()` keeps it." if unkept else "Give the new one another `name`."))
+    if len(self.tasks) >= self.network.max_tasks:
+        raise BadInput(f"{self.method.title} was made for {self.network.max_tasks} tasks and takes no more. Let it learn all of them from the start, or choose another method.")
     self.network.check_classes(len(self.learned), len(task.classes))
     before, self.tasks = self.tasks, [*self.tasks, task]
     try:
@@ -730,6 +757,7 @@ def export_onnx(
         raise BadInput("To write ONNX, torch needs two packages more. Install them with: pip install 'dfcnn[onnx]'") from e
     image = torch.zeros(2, self.prepare.channels, self.prepare.size, self.prepare.size)
     names = dict(input_names=["pixels"], output_names=["logits"], dynamic_shapes=({0: torch.export.Dim("images")},))
+    path.parent.mkdir(parents=True, exist_ok=True)
     torch.onnx.export(network, (image,), path, dynamo=True, verbose=False, external_data=False, **names)
     return path
 
@@ -741,7 +769,7 @@ def compare(
     **settings,  # of `image_learner`
 ) -> pd.DataFrame:  # a row for each method, the most accurate first
     "Learn the same tasks by several methods: accuracy at the end over all test images, with a 95% interval, and what it took."
-    rows, right, methods = [], {}, [methods] if isinstance(methods, (str, type)) else methods
+    rows, right, methods = [], {}, [methods] if isinstance(methods, (str, type)) else list(dict.fromkeys(methods))
     where = lambda method: folder and check_path("folder", folder) / find_method(method).name
     learners = [image_learner(tasks, method, folder=where(method), **settings) for method in methods]  # all refusals come first
     for learn in learners:

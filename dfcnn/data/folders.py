@@ -23,6 +23,7 @@ import pandas as pd
 import torch
 from fastprogress import progress_bar
 from PIL import Image, ImageOps
+from torch.utils.data import ConcatDataset, Subset
 
 from ..core import BadInput, brief, check_choice, check_number, check_path, composed, simplify, stream
 from .images import IMAGE_SUFFIXES, MOST_PIXELS, Images, cached, check_size, read_file
@@ -30,11 +31,12 @@ from .tasks import DataSet, Split, Task, show_tasks
 
 # %% auto #0
 __all__ = ['PHOTO_SUFFIXES', 'PARTS', 'NOT_MEANT', 'WHOLE', 'EXPECTED', 'FITS', 'SHARES', 'OWN', 'FEW', 'UNEVEN', 'Photo',
-           'listing', 'name_of', 'photos_of_class', 'photos_of_task', 'photos_in', 'eight_bits', 'to_square',
-           'read_photo', 'as_images', 'read_all', 'left_out', 'read_photos', 'read_folder', 'check_shares', 'divide',
-           'Preparation', 'as_pixels', 'groups_of', 'OwnData', 'own_data', 'seen_in_training', 'find_name', 'OwnTasks',
-           'tasks_from_images', 'tasks_from_folder', 'task_from_folder', 'items_of', 'is_pair', 'image_and_label',
-           'as_label', 'parts_of', 'class_names', 'tasks_from_datasets']
+           'listing', 'name_of', 'names_of', 'photos_of_class', 'photos_of_task', 'photos_in', 'check_range',
+           'eight_bits', 'to_square', 'read_photo', 'as_images', 'read_all', 'left_out', 'read_photos', 'read_folder',
+           'check_shares', 'divide', 'Preparation', 'as_pixels', 'groups_of', 'OwnData', 'own_data', 'seen_in_training',
+           'check_name', 'find_name', 'OwnTasks', 'tasks_from_images', 'tasks_from_folder', 'task_from_folder',
+           'items_of', 'is_pair', 'image_and_label', 'as_label', 'parts_of', 'names_within', 'class_names',
+           'tasks_from_datasets']
 
 # %% ../../nbs/06_folders.ipynb #0b69d2e9
 PHOTO_SUFFIXES = IMAGE_SUFFIXES | {".gif", ".tif", ".tiff"}
@@ -58,11 +60,11 @@ def listing(folder: Path) -> tuple[list[Path], list[Path]]:
     try:
         with os.scandir(folder) as entries:
             there = sorted((e for e in entries if not e.name.startswith(".") and e.name not in NOT_MEANT), key=lambda e: e.name)
+            folders = [Path(e.path) for e in there if e.is_dir()]
     except OSError as e:
-        raise BadInput(f"Folder '{folder}' cannot be read ({e}). May you read it?") from e
-    folders = [Path(e.path) for e in there if e.is_dir()]
-    files = [e for e in there if os.path.splitext(e.name)[1].lower() in PHOTO_SUFFIXES and not e.is_dir()]
-    return folders, [Path(e.path) for e in files]
+        raise BadInput(f"Folder '{folder}' cannot be read ({e}). May you read it, and is no link in it a circle?") from e
+    others = (Path(e.path) for e in there if os.path.splitext(e.name)[1].lower() in PHOTO_SUFFIXES)
+    return folders, [path for path in others if path not in set(folders)]
 
 # %% ../../nbs/06_folders.ipynb #68dedd5c
 def name_of(folder: Path) -> str:
@@ -72,6 +74,14 @@ def name_of(folder: Path) -> str:
     except UnicodeEncodeError:
         raise BadInput(f"The name of the folder {os.fsencode(folder)!r} is not UTF-8. Rename it.") from None
     return composed(folder.name)
+
+
+def names_of(folders: Sequence[Path]) -> list[str]:
+    "The names of folders beside each other. Raises `BadInput` where two are one name, written in two ways."
+    names = [name_of(f) for f in folders]
+    if twice := [f for f, name in zip(folders, names) if names.count(name) > 1]:
+        raise BadInput(f"Two folders in '{twice[0].parent}' are called '{name_of(twice[0])}': their accents are written in two ways. Rename one of them, or put them together.")
+    return names
 
 
 def photos_of_class(
@@ -98,7 +108,7 @@ def photos_of_task(folder: str | Path) -> list[Photo]:
         raise BadInput(f"'{folder}' holds images itself, such as '{files[0].name}', and should hold a folder for each class. {EXPECTED}")
     parts = [PARTS.get(simplify(f.name)) for f in classes]
     if any(parts) and not all(parts):
-        raise BadInput(f"'{folder}' holds folders of parts and of classes: {', '.join(f.name for f in classes)}. {EXPECTED}")
+        raise BadInput(f"'{folder}' holds folders of parts and of classes: {', '.join(f.name for f in classes)}. {EXPECTED} (A class cannot be called {', '.join(PARTS)}: rename it.)")
     if set(parts) == {"train"}:  # nothing is set aside yet
         parts = [WHOLE] * len(parts)
     if not any(parts):
@@ -108,6 +118,7 @@ def photos_of_task(folder: str | Path) -> list[Photo]:
         folders, files = listing(of)
         if files:
             raise BadInput(f"'{of}' holds images itself, such as '{files[0].name}', and should hold a folder for each class. {EXPECTED}")
+        names_of(folders)
         photos += [p for cls in folders for p in photos_of_class(name, part, cls)]
     labels = sorted({p.label for p in photos})
     if len(labels) < 2:
@@ -130,12 +141,22 @@ def photos_in(root: str | Path) -> list[Photo]:
         raise BadInput(f"'{root}' holds {', '.join(f.name for f in folders)}, which are parts of one task. Move them into a folder with the task's name: '{root / '<task>' / folders[0].name}'. {EXPECTED}")
     if len(folders) > 1 and all(listing(f)[1] for f in folders):
         raise BadInput(f"The folders in '{root}' hold images themselves, as the classes of one task do: {', '.join(f.name for f in folders)}. Move them into a folder with the task's name: '{root / '<task>' / folders[0].name}'. {EXPECTED}")
+    names_of(folders)
     photos = [p for f in folders for p in photos_of_task(f)]
     check_size(f"Folder '{root}'", len(photos), 0)
     return photos
 
 # %% ../../nbs/06_folders.ipynb #b20a7760
 FITS = ("crop", "squish", "pad")
+
+
+def check_range(
+    brightest: int,  # of the image's values of 16 bits
+    name: str,  # as the refusal quotes it
+) -> None:
+    "Refuse an image of 16 bits for each value that uses the lowest twelve, as that of a microscope may."
+    if 0 < brightest <= 1 << 12:
+        raise BadInput(f"Image '{name}' has 16 bits for each value and uses the lowest {brightest.bit_length()}: as 8 bits it would be nearly black. Convert it to 8 bits.")
 
 
 def eight_bits(
@@ -145,9 +166,7 @@ def eight_bits(
     "An image as RGB: transparent places white, 16 bits as 8; formats of numbers without a range are refused."
     if im.mode.startswith("I;16"):
         values = np.asarray(im)
-        if 0 < values.max() < 1 << 12:  # of a microscope with 12 bits, say
-            bits = int(values.max()).bit_length()
-            raise BadInput(f"Image '{name}' has 16 bits for each value and uses the lowest {bits}: as 8 bits it would be nearly black. Convert it to 8 bits.")
+        check_range(int(values.max()), name)
         im = Image.fromarray((values >> 8).astype("uint8"))
     if im.mode[0] in "IF":
         raise BadInput(f"Image '{name}' holds numbers without a range (mode {im.mode}). Convert it to 8 bits.")
@@ -182,6 +201,8 @@ def read_photo(
         with Image.open(BytesIO(data)) as im:
             if im.width * im.height > MOST_PIXELS:
                 raise BadInput(f"Image '{name}' is {im.width}x{im.height}, but at most {MOST_PIXELS:,} pixels are read. Make it smaller.")
+            if im.format == "PNG" and data[24] == 16 and not im.mode.startswith("I"):  # with color or transparency Pillow gives the upper 8 bits
+                check_range(int(np.asarray(im.convert("RGB")).max()) << 8, name)
             im.draft(None, (2 * size, 2 * size))
             square = to_square(eight_bits(ImageOps.exif_transpose(im), name), size, fit)
     except BadInput:
@@ -258,7 +279,7 @@ def read_photos(
             raise BadInput(f"Image '{p.path}' cannot be read ({e}). Replace it or take it away.") from e
         h.update(os.fsencode(p.path) + f"/{p[:3]}/{stat.st_size}/{stat.st_mtime_ns}/{stat.st_ctime_ns}".encode())  # files that change places keep their date
     if said := left_out(photos):
-        print(said)
+        print(said.encode("utf-8", "backslashreplace").decode())
     key = f"folders-{h.hexdigest()[:16]}"
     return cached(key, lambda: as_images([p[:3] for p in photos], read_all(photos, size, fit), channels))
 
@@ -357,10 +378,13 @@ def as_pixels(
     if isinstance(image, Image.Image):
         try:
             return np.asarray(to_square(eight_bits(ImageOps.exif_transpose(image), "in memory"), size, fit)).transpose(2, 0, 1).copy()
-        except OSError as e:  # of a file that was opened, and is read only now
+        except (OSError, ValueError) as e:  # of a file that was opened, and is read only now; of a mode that Pillow does not convert
             raise BadInput(f"The image cannot be read ({e}).") from e
     if isinstance(image, (bytes, bytearray)) or hasattr(image, "read"):  # as it comes from the web
-        return read_photo(bytes(image.read() if hasattr(image, "read") else image), size, fit)
+        data = image.read() if hasattr(image, "read") else image
+        if not isinstance(data, (bytes, bytearray)):
+            raise BadInput(f"The content of an image file is bytes, but this is a {type(data).__name__}. Open the file with mode 'rb'.")
+        return read_photo(bytes(data), size, fit)
     if not isinstance(image, (np.ndarray, torch.Tensor)):
         raise BadInput(f"An image is a path, a PIL image, an array or a tensor, but this is a {type(image).__name__}.")
     if isinstance(image, torch.Tensor):
@@ -471,6 +495,13 @@ def seen_in_training(task: Task) -> int:
     return sum(of in known for of in content(task.test.x))
 
 
+def check_name(name: str) -> str:
+    "The name of a task, with each accented letter as one character. Raises `BadInput` for what cannot be one."
+    if not isinstance(name, str) or not name or "/" in name:
+        raise BadInput(f"A task's name is text without '/', but one is {brief(name)}.")
+    return composed(name)
+
+
 def find_name(
     task: str,  # as it was given
     known: Sequence[str],  # names of the tasks that there are
@@ -478,7 +509,7 @@ def find_name(
     "Place of a task in a list of names, which are a user's own and are taken as they are written."
     names = [composed(name) for name in known]
     if not isinstance(task, str) or composed(task) not in names:
-        near = "".join(f" Did you mean '{name}'?" for name in get_close_matches(str(task), known, 1))
+        near = "".join(f" Did you mean '{name}'?" for name in get_close_matches(str(task), names, 1))
         raise BadInput(f"Unknown task {brief(task)}.{near} Choose from: {', '.join(known)}.")
     return names.index(composed(task))
 
@@ -627,10 +658,20 @@ def parts_of(source: Any) -> dict[str, Any]:  # part -> data set
     "The parts of whatever holds a task."
     if hasattr(source, "train_ds") and hasattr(source, "valid_ds"):
         return dict(train=source.train_ds, valid=source.valid_ds)
-    parts = source if isinstance(source, dict) else {WHOLE: source}
+    parts = {PARTS.get(simplify(str(k)), k): part for k, part in source.items()} if isinstance(source, dict) else {WHOLE: source}
+    if isinstance(source, dict) and len(parts) < len(source):
+        raise BadInput(f"A task has each part once, but these are {', '.join(map(str, source))}.")
     if strange := [k for k in parts if k != WHOLE and k not in SHARES]:
         raise BadInput(f"A task's parts are {', '.join(SHARES)}, but one is called {brief(strange[0])}.")
     return {WHOLE: parts["train"]} if set(parts) == {"train"} else parts  # nothing is set aside yet
+
+
+def names_within(of: Any) -> list[Sequence]:
+    "The classes that a data set names, or those within it do; a subset has the labels of the whole."
+    if (names := getattr(of, "classes", getattr(of, "vocab", None))) is not None:
+        return [names]
+    within = [of.dataset] if isinstance(of, Subset) else of.datasets if isinstance(of, ConcatDataset) else []
+    return [names for part in within for names in names_within(part)]
 
 
 def class_names(
@@ -638,8 +679,7 @@ def class_names(
     holders: Iterable[Any],  # whatever may name the classes: DataLoaders, data sets
 ) -> list[str] | None:  # None: nobody does
     "The names of classes by their numbers. Raises `BadInput` where two data sets number them differently."
-    found = (getattr(of, "classes", getattr(of, "vocab", None)) for of in holders)
-    named = [[*map(str, names)] for names in found if names is not None]
+    named = [[*map(str, names)] for of in holders for names in names_within(of)]
     if differs := next((other for other in named if other != named[0]), None):
         raise BadInput(
             f"The data sets of task '{task}' number their classes differently: {brief(named[0])} and {brief(differs)}. Give all of them the same `classes`."
@@ -662,9 +702,10 @@ def tasks_from_datasets(
     if prepare:
         size, fit, channels = prepare.size, prepare.fit, prepare.channels
     size, fit, rows, pixels = check_number("size", size, 8, 512), check_choice("fit", fit, FITS), [], []
-    for name, source in sources.items():
-        if not str(name) or "/" in str(name):
-            raise BadInput(f"A task's name is text without '/', but one is {brief(name)}.")
+    names = [check_name(str(name)) for name in sources]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise BadInput(f"There are two tasks called '{twice}'. Give each a name of its own.")
+    for name, source in zip(names, sources.values()):
         parts = parts_of(source)
         classes = class_names(name, [source, *parts.values()])
         read = {part: items_of(of, size, fit) for part, of in parts.items()}
@@ -674,6 +715,8 @@ def tasks_from_datasets(
         if classes is not None and labels[-1] >= len(classes):
             raise BadInput(f"Task '{name}' has the label {labels[-1]}, but only {len(classes)} classes are named.")
         named = lambda label: classes[label] if classes is not None else str(label)
+        if twice := next((n for n, times in Counter(map(named, labels)).items() if times > 1), None):
+            raise BadInput(f"Two classes of task '{name}' are called '{twice}'. Give each a name of its own.")
         rows += [(name, part, named(label)) for label in labels for part, (_, y) in read.items() for l in y if l == label]
         pixels += [x[np.array(y) == label] for label in labels for x, y in read.values()]
     return tasks_from_images(as_images(rows, np.concatenate(pixels), channels), shares, seed, fit, prepare)

@@ -200,14 +200,14 @@ def show_tasks(
     n = min(n, max(len(t.classes) for t in tasks))
     fig, axs = plt.subplots(len(tasks), n, figsize=(n * 0.95, len(tasks) * 1.1), squeeze=False)
     for row, task in zip(axs, tasks):
-        row[0].text(-0.15, 0.5, task.name, transform=row[0].transAxes, ha="right", va="center", fontsize=8)
+        row[0].text(-0.15, 0.5, task.name, transform=row[0].transAxes, ha="right", va="center", fontsize=8, parse_math=False)
         for ax in row:
             ax.axis("off")
         for label, ax in zip(range(len(task.classes)), row):
             image = task.train.x[task.train.y == label][0].permute(1, 2, 0)
             image = (image - image.min()) / (image.max() - image.min()).clamp(min=1e-6)
             ax.imshow(image.squeeze(-1), cmap="gray")  # grey, where there is one channel
-            ax.set_title(task.classes[label].replace("_", " "), fontsize=6, pad=2)
+            ax.set_title(task.classes[label].replace("_", " "), fontsize=6, pad=2, parse_math=False)
     fig.subplots_adjust(wspace=0.08, hspace=0.3)
     plt.close(fig)
     return fig

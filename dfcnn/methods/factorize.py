@@ -11,8 +11,10 @@ import inspect
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from functools import partial
 from operator import index
 from threading import RLock
+from types import CellType
 from typing import Any, Callable, Sequence
 
 import numpy as np
@@ -30,10 +32,10 @@ from .factorization import TwoStage, deconvolve, new_knowledge_base
 
 # %% auto #0
 __all__ = ['ROLES', 'Layer', 'fits', 'tensors_of', 'layers_with_tensors', 'roles_of', 'check_convolution', 'check_left_alone',
-           'check_network', 'head_layer', 'allot', 'Plan', 'plan_for', 'layer_of', 'given_sizes', 'sizes_within_budget',
-           'emptied', 'Tensors', 'Form', 'forget_counters', 'FactorizedNetwork', 'uncast', 'put_back',
-           'deconvolution_matrix', 'best_transform', 'best_knowledge_base', 'fit_filters', 'factorize', 'NetworkMethod',
-           'check_images', 'STLResNet18', 'HPSResNet18', 'DFResNet18']
+           'held_apart', 'check_network', 'head_layer', 'allot', 'Plan', 'plan_for', 'layer_of', 'given_sizes',
+           'sizes_within_budget', 'emptied', 'Tensors', 'Form', 'forget_counters', 'FactorizedNetwork', 'uncast',
+           'put_back', 'deconvolution_matrix', 'best_transform', 'best_knowledge_base', 'fit_filters', 'factorize',
+           'NetworkMethod', 'check_images', 'STLResNet18', 'HPSResNet18', 'DFResNet18']
 
 # %% ../../nbs/18_factorize.ipynb #940a8f00
 @dataclass(frozen=True)
@@ -140,6 +142,27 @@ def check_left_alone(name: str, module: nn.Module, meant: bool) -> None:
         )
 
 
+def held_apart(value: Any, seen: frozenset = frozenset()) -> str:  # "" where there is nothing of the kind
+    "What an attribute of a layer holds that no copy reaches: layers or tensors of a function, and parameters in a list."
+    if id(value) in seen:
+        return ""
+    seen |= {id(value)}
+    inside = lambda values: next(filter(None, (held_apart(v, seen) for v in values)), "")
+    if isinstance(value, nn.Parameter):
+        return "a parameter"
+    if isinstance(value, dict):
+        return inside(value.values())
+    if isinstance(value, (list, tuple, set)):
+        return inside(value)
+    if isinstance(value, partial):
+        return inside([value.func, *value.args, *value.keywords.values()])
+    if not inspect.isfunction(value):
+        return ""
+    cells = [c.cell_contents for c in value.__closure__ or () if c != CellType()]
+    known = [*cells, *(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()]
+    return "a function with layers or tensors of its own" if any(isinstance(v, (nn.Module, torch.Tensor)) for v in known) else inside(known)
+
+
 def check_network(net: nn.Module) -> None:
     "Refuse a network that cannot be taken apart."
     if not isinstance(net, nn.Module):
@@ -149,11 +172,15 @@ def check_network(net: nn.Module) -> None:
             raise BadInput(f"{repr(name) if name else 'The network'} is compiled by torch.jit. Pass the Python network.")
         for attribute, value in vars(module).items():
             where = f"{name}.{attribute}".lstrip(".")
-            holds = inspect.getclosurevars(value).nonlocals.values() if inspect.isfunction(value) else ()
-            if any(isinstance(v, (nn.Module, torch.Tensor)) for v in holds):
-                raise BadInput(f"'{where}' is a function that holds on to layers or tensors, which a copy of the network would not copy. Make it a method.")
+            if attribute not in ("_parameters", "_buffers", "_modules") and (held := held_apart(value)):
+                raise BadInput(f"'{where}' holds on to {held}, which would not be each task's own in a copy of the network. Make it a layer, or a method that uses one.")
             if attribute in ("memory_efficient", "grad_checkpointing", "gradient_checkpointing") and value is True:
                 raise BadInput(f"'{where}' is on: gradient checkpointing computes layers again when their filters are gone. Build the network without it.")
+    buffers: dict[int, str] = {}
+    for name, module in net.named_modules():
+        for kind, buffer in module._buffers.items():
+            if buffer is not None and buffers.setdefault(id(buffer), name) != name:
+                raise BadInput(f"'{buffers[id(buffer)]}' and '{name}' have one buffer, '{kind}', together. Make it two, with a copy for one of them.")
     known: dict[int, str] = {}
     for name, p in net.named_parameters(remove_duplicate=False):
         if is_lazy(p):
@@ -343,7 +370,6 @@ class FactorizedNetwork(LifelongNetwork):
         super().__init__(arch or Form(type(net).__name__, None, head.weight.shape[0]), seed)
         self.register_load_state_dict_post_hook(forget_counters)
         self.plan, self.names, self.initial = plan, [], None
-        self.outputs: list[int] = []  # classes of each task
         kb = [new_knowledge_base(l.base, stream(seed, "init", "kb", i)) for i, l in enumerate(plan.layers)]
         self.kb = nn.ParameterList(kb)
         tensors = tensors_of(net)
@@ -394,10 +420,8 @@ def add_task(
     own = self.new_task(stream(self.seed, "init", "task", len(self.tasks)))
     own.register_buffer("name", torch.tensor(list(name.encode()), dtype=torch.uint8))
     own.register_buffer("classes", torch.tensor(classes))
-    like = next(self.parameters(), next(own.parameters()))
-    self.tasks.append(own.to(self.n_tasks.device, like.dtype).train(self.training))
+    self.append_task(own)
     self.names.append(name)
-    self.n_tasks += 1
 
 
 @patch
@@ -426,10 +450,12 @@ def make_head(self: FactorizedNetwork, classes: int) -> nn.Module:
 
 @patch
 def make_room(self: FactorizedNetwork, state: dict) -> None:
-    "Add the tasks that a state dict holds. Raises `BadInput` where tasks of both have other names."
+    "Add the tasks that a state dict holds. Raises `BadInput` where it holds fewer, or where tasks of both have other names or numbers of classes."
     names = [bytes(state[f"tasks.{t}.name"].tolist()).decode(errors="replace") for t in range(tasks_in(state))]
-    if any(here != there for here, there in zip(self.names, names)):
-        raise BadInput(f"The state holds the tasks {', '.join(names)}, but the network has {', '.join(self.names)}.")
+    if names[: len(self.names)] != self.names:
+        raise BadInput(f"The state holds the tasks {', '.join(names) or '(none)'}, but the network has {', '.join(self.names)}.")
+    for t in range(len(self.tasks)):
+        self.check_classes(t, int(state[f"tasks.{t}.classes"]))
     for t in range(len(self.tasks), len(names)):
         self.add_task(names[t], int(state[f"tasks.{t}.classes"]))
     mine = self.origin.clone()

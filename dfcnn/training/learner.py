@@ -138,6 +138,9 @@ def check_tasks(
     if max(schedule.tasks) >= len(tasks):
         raise BadInput(f"The schedule trains task {max(schedule.tasks) + 1}, but there are {len(tasks)} tasks.")
     kind = next((p.dtype for p in network.parameters()), None)
+    for i, (name, t) in enumerate(zip(getattr(network, "names", ()), tasks)):
+        if name not in (t.name, f"task {i + 1}"):
+            raise BadInput(f"Task {i + 1} of the network is called '{name}', and that of the images '{t.name}'. Bring the tasks in the network's order.")
     for i, t in enumerate(tasks):
         if i in schedule.tasks and len(t.train.y) < batch_size:
             raise BadInput(
