@@ -125,7 +125,7 @@ def stream(seed: int, *names: Any) -> torch.Generator:
 
 # %% ../nbs/00_core.ipynb #94ffd0f4
 def drawing_gpus() -> list[int]:
-    "The CUDA GPUs whose generators may be in use. To ask for their state would start CUDA in a process that does without."
+    "The CUDA GPUs whose generators may be in use; none where CUDA has not been started, since to ask would start it."
     return list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
 
 

@@ -320,6 +320,8 @@ def test_multi_task_learning_keeps_the_contract(method):
 @pytest.mark.parametrize("schedule", [(0, 0), (1, 1, 0)])
 def test_tasks_that_are_never_drawn_are_scored(method, schedule):
     if METHODS[method].network.in_sequence:
+        with pytest.raises(BadInput, match="one after the other"):
+            together(method, schedule=schedule)
         return
     history = train(together(method, [Audit()], schedule=schedule))
     last = history.query(f"split == 'test' and epoch == {len(schedule)}")

@@ -186,6 +186,19 @@ def test_a_state_of_tasks_in_another_order_is_refused():
         here.load_state_dict(there.state_dict())
 
 
+@pytest.mark.parametrize("tasks", [dict(birds=4), dict(birds=4, tools=7)])
+def test_a_state_of_fewer_tasks_or_other_classes_is_refused_and_changes_nothing(tasks):
+    there, here = (factorize(plain_cnn(), head="10") for _ in range(2))
+    for name, classes in tasks.items():
+        there.add_task(name, classes)
+    for name in ("birds", "tools"):
+        here.add_task(name, 4)
+    before = copy.deepcopy(here.state_dict())
+    with pytest.raises(BadInput, match="The state holds the tasks birds, but the network has birds, tools|has 4 classes, not 7"):
+        here.load_state_dict(there.state_dict())
+    assert all(torch.equal(v, before[k]) for k, v in here.state_dict().items())
+
+
 def test_a_rule_holds_for_all_that_is_below_a_name_with_a_star():
     net = factorize(torchvision.models.resnet18(weights=None), layers={"layer*.1": "shared"})
     roles = {k: role for k, role in net.plan.roles.items() if k.startswith("layer")}
@@ -229,7 +242,7 @@ def test_a_buffer_that_is_replaced_is_each_tasks_own():
 def test_layers_that_a_copy_would_leave_behind_are_refused():
     plain = Centred()
     plain.stem = lambda x: plain.conv(x)
-    with pytest.raises(BadInput, match="'stem' is a function that holds on to layers"):
+    with pytest.raises(BadInput, match="'stem' holds on to a function with layers"):
         factorize(plain, head="fc")
     with pytest.raises(BadInput, match="gradient checkpointing"):
         factorize(torchvision.models.densenet121(weights=None, memory_efficient=True), head="classifier")

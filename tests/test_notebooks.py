@@ -146,7 +146,7 @@ def test_the_paper_is_shown_beside_the_records(tmp_path):
     assert shown.count("In the paper:") == 12 and shown.count("*Ours:* not run.") >= 4
     assert shown.count("image/png") >= 3  # forgetting, convergence, learning curves
     assert "SHORT RUN" in shown and "no record on Office-Home" in shown
-    assert "loss mean, mean_squares_restart epoch" in shown and "tasks drawn round-robin" in shown
+    assert "loss mean, mean_squares_restart epoch" in shown and "draw round-robin" in shown
     assert "peak with every tenth score alone" in shown  # of the runs in long/cifar100 that were scored after every epoch
 
 

@@ -23,7 +23,7 @@ import pandas as pd
 from ..core import BadInput, write_text, writing
 from ..data.datasets import DATASETS
 from ..methods.base import count_parameters
-from ..methods.registry import METHODS, build_shapes, can_build, title_of
+from ..methods.registry import METHODS, build_shapes, can_build, place_of, title_of
 from .configuration import LATER, TRAINING
 from .metrics import accuracy_by_epoch, accuracy_matrix, convergence_epochs, convergence_step, effect, forgetting_curve, mean_ci, peak_accuracy, plus_minus, task_means
 from .records import Record
@@ -235,7 +235,7 @@ def color_of(
     method: str,  # a key of `METHODS`
 ) -> str:  # as matplotlib knows it
     "The colour of a method, which is the same in all figures."
-    return _COLORS.get(method) or f"C{[*METHODS, method].index(method) % 10}"
+    return _COLORS.get(method) or f"C{place_of(method) % 10}"
 
 
 def panels(
@@ -418,7 +418,7 @@ def difference_figure(
     if not questions:
         return None
     shown = {m for asked in found for of in asked.values() for m in of}
-    methods = sorted(shown, key=lambda m: ([*METHODS, m].index(m), m))  # one that is not listed comes last
+    methods = sorted(shown, key=lambda m: (place_of(m), m))
     fig, axs = plt.subplots(
         1, len(questions), sharey=True, squeeze=False, layout="constrained", figsize=(8, 1.3 + 0.15 * len(methods) * (1 + len(studies)))
     )

@@ -30,7 +30,7 @@ from ..data.datasets import DATASETS, task_sequence
 from ..data.images import Images
 from ..data.tasks import Split, Task
 from ..methods.base import LifelongNetwork
-from ..methods.registry import METHODS, build_network
+from ..methods.registry import METHODS, build_network, place_of
 from ..training.evaluation import HISTORY
 from ..training.learner import task_learner, train
 from .configuration import RunConfig
@@ -166,7 +166,7 @@ def load_records(
     "All complete records below `folder`, methods in the order of `METHODS`."
     done = complete_folders(folder)
     records = [load_record(f) for f in done if f.parent.name != "superseded"]
-    return sorted(scored_alike(records) if alike else records, key=lambda r: [*METHODS, r.config.method].index(r.config.method))
+    return sorted(scored_alike(records) if alike else records, key=lambda r: place_of(r.config.method))
 
 # %% ../../nbs/32_records.ipynb #dd511e56
 PROBED = 8  # images of each set of a task

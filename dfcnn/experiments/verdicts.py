@@ -16,7 +16,7 @@ from fastcore.basics import patch
 
 from ..data.datasets import DATASETS
 from ..methods.base import count_parameters
-from ..methods.registry import METHODS, build_shapes, title_of
+from ..methods.registry import build_shapes, place_of, title_of
 from .configuration import TRAINING, RunConfig
 from .figures import SETTINGS, comparable, target
 from .metrics import effect, mean_ci
@@ -85,7 +85,7 @@ def studies(
         ] = r
     size = lambda g: (g[0].config.epochs, g[0].config.tasks, len({r.config.trial for r in g}), len(g))
     order = lambda r: (
-        [*METHODS, r.config.method].index(r.config.method),
+        place_of(r.config.method),
         [*DATASETS].index(r.config.dataset),
         r.config.trial,
     )
@@ -155,7 +155,7 @@ class Evidence:
     form: str = "{:+.3g}"
     one_machine: bool = False  # a trial counts only where its runs were made on the same machine
     full_length: bool = False  # a task that had fewer epochs than in the paper says nothing about it
-    grows: bool = False  # with the length of the schedule, so that a shorter one is shown, and gives no provisional verdict
+    grows: bool = False  # the number grows with the length of the schedule: a shorter run is shown, and gives no provisional verdict
 
 # %% ../../nbs/38_verdicts.ipynb #32e9ba70
 @patch

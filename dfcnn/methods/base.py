@@ -20,7 +20,7 @@ from .architectures import Architecture
 
 # %% auto #0
 __all__ = ['max_pool_same', 'conv_block', 'weight', 'bias', 'Convolutions', 'Dropout', 'Head', 'LifelongNetwork', 'tasks_in',
-           'before_loading', 'count_parameters']
+           'before_loading', 'count_parameters', 'tensors_of']
 
 # %% ../../nbs/11_base.ipynb #34db882c
 def max_pool_same(
@@ -115,7 +115,7 @@ class LifelongNetwork(nn.Module):
 
     max_tasks: float = float("inf")  # that the network can take
     in_sequence: bool = False  # does it need its tasks one after the other?
-    may_rest: bool = False  # may what trains stay as it was? A bias before a normalization has no effect
+    may_rest: bool = False  # may a trained parameter end a phase unchanged? A bias before a normalization has no effect
     starts_from: type[LifelongNetwork] | None = None  # whose trained networks `start_from` is given first
 
     def __init__(
@@ -284,3 +284,9 @@ def before_loading(network: LifelongNetwork, state: dict, prefix: str, *_) -> No
 def count_parameters(network: nn.Module) -> int:
     "Number of trainable values."
     return sum(p.numel() for p in network.parameters())
+
+
+def tensors_of(network: nn.Module) -> dict[str, torch.Tensor]:
+    "Parameters and buffers by name."
+    return {**dict(network.named_parameters()), **dict(network.named_buffers())}
+

@@ -27,15 +27,15 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
 
 from ..core import BadInput, brief, check_choice, check_number, seeded, stream
-from .base import LifelongNetwork, count_parameters, tasks_in
+from .base import LifelongNetwork, count_parameters, tasks_in, tensors_of
 from .factorization import TwoStage, deconvolve, new_knowledge_base
 
 # %% auto #0
-__all__ = ['ROLES', 'Layer', 'fits', 'tensors_of', 'layers_with_tensors', 'roles_of', 'check_convolution', 'check_left_alone',
-           'held_apart', 'check_network', 'head_layer', 'allot', 'Plan', 'plan_for', 'layer_of', 'given_sizes',
-           'sizes_within_budget', 'emptied', 'Tensors', 'Form', 'forget_counters', 'FactorizedNetwork', 'uncast',
-           'put_back', 'deconvolution_matrix', 'best_transform', 'best_knowledge_base', 'fit_filters', 'factorize',
-           'NetworkMethod', 'check_images', 'STLResNet18', 'HPSResNet18', 'DFResNet18']
+__all__ = ['ROLES', 'Layer', 'fits', 'layers_with_tensors', 'roles_of', 'check_convolution', 'check_left_alone', 'held_apart',
+           'check_network', 'head_layer', 'allot', 'Plan', 'plan_for', 'layer_of', 'given_sizes', 'sizes_within_budget',
+           'emptied', 'Tensors', 'Form', 'forget_counters', 'FactorizedNetwork', 'uncast', 'put_back',
+           'deconvolution_matrix', 'best_transform', 'best_knowledge_base', 'fit_filters', 'factorize', 'NetworkMethod',
+           'check_images', 'STLResNet18', 'HPSResNet18', 'DFResNet18']
 
 # %% ../../nbs/18_factorize.ipynb #940a8f00
 @dataclass(frozen=True)
@@ -79,11 +79,6 @@ def fits(
     if isinstance(key, str):
         return fnmatchcase(name, key) or fnmatchcase(name, f"{key}.*")
     return isinstance(module, key)
-
-
-def tensors_of(net: nn.Module) -> dict[str, torch.Tensor]:
-    "Parameters and buffers by name."
-    return {**dict(net.named_parameters()), **dict(net.named_buffers())}
 
 
 def layers_with_tensors(net: nn.Module) -> dict[str, nn.Module]:

@@ -26,7 +26,7 @@ from .sharing import HPS, SNN, STL
 from .tensor_factorization import TF, TFDistillation, TFUniform
 
 # %% auto #0
-__all__ = ['METHODS', 'Method', 'title_of', 'build_network', 'build_shapes', 'can_build', 'checksum_of', 'register']
+__all__ = ['METHODS', 'Method', 'title_of', 'place_of', 'build_network', 'build_shapes', 'can_build', 'checksum_of', 'register']
 
 # %% ../../nbs/19_registry.ipynb #e7123914
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Method:
     size: str = ""  # "large" or "reduced": which of the data set's architectures, "" for the usual one
     note: str = ""  # what a reader must know where it learns tasks one after the other
     code: str = ""  # checksum of the network's source where it is not this package's
-    beyond: bool = False  # of another network than the paper's: it is named, and is not among "all"
+    beyond: bool = False  # is its network none of the paper's? It runs where it is named, and not by methods="all"
 
 
 _GROWS = "DEN grows while it trains: before a run, its parameters are those that it starts with."
@@ -76,6 +76,14 @@ def title_of(
 ) -> str:
     "The title of a method; its name where it is not listed in this process."
     return METHODS[method].title if method in METHODS else method
+
+
+def place_of(
+    method: str,  # a key of `METHODS`, or any name
+) -> int:
+    "The place of a method in the list; one that is not listed comes last."
+    return [*METHODS, method].index(method)
+
 
 # %% ../../nbs/19_registry.ipynb #37321b09
 def build_network(

@@ -10,6 +10,7 @@ from typing import Iterable
 import torch
 
 from ..core import quiet_imports
+from ..methods.base import tensors_of
 
 with quiet_imports():
     from fastai.callback.core import Callback
@@ -28,16 +29,12 @@ class Audit(Callback):
         self.last: dict[str, torch.Tensor] = {}  # the state at the end of the phase before
         self.last_task = None
 
-    def tensors(self) -> dict[str, torch.Tensor]:
-        "Parameters and buffers by name."
-        return {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
-
     def refuse(self, what: str, names: Iterable[str]):
         raise AssertionError(f"Task {self.learn.task + 1} {what} {sorted(names)} against the contract.")
 
     def before_phase(self):
         task = self.learn.task
-        self.before = {k: v.detach().clone() for k, v in self.tensors().items()}
+        self.before = {k: v.detach().clone() for k, v in tensors_of(self.model).items()}
         foreign = lambda k: k.startswith("tasks.") and not k.startswith(f"tasks.{task}.")
         still = {k for k in self.last if task != self.last_task or foreign(k)} - {"n_tasks", "stamps"}
         between = {k for k in still if k not in self.before or not torch.equal(self.last[k], self.before[k])}
@@ -56,7 +53,7 @@ class Audit(Callback):
         self.trained = True
 
     def after_phase(self):
-        after = self.tensors()
+        after = tensors_of(self.model)
         self.last, self.last_task = {k: v.detach().clone() for k, v in after.items()}, self.learn.task
         moved = {k: v != after[k] for k, v in self.before.items()}
         changed = {k for k, m in moved.items() if m.any()}
