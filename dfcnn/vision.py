@@ -709,6 +709,7 @@ def add_task(
     if len(self.tasks) >= self.network.max_tasks:
         raise BadInput(f"{self.method.title} was made for {self.network.max_tasks} tasks and takes no more. Let it learn all of them from the start, or choose another method.")
     self.network.check_classes(len(self.learned), len(task.classes))
+    print(*(f"* {remark}\n" for remark in OwnTasks([task], self.prepare).remarks()), sep="", end="")
     before, self.tasks = self.tasks, [*self.tasks, task]
     try:
         return self.fit(epochs, cbs)

@@ -280,6 +280,8 @@ def given_sizes(
             f"`sizes` must name every layer that is factorized, and no other; {', '.join(sorted(wrong))} is not in both."
             f" The layers are: {', '.join(layer.name for layer in layers)}."
         )
+    if alone := next((name for name, both in sizes.items() if not isinstance(both, (tuple, list)) or len(both) != 2), None):
+        raise BadInput(f"`sizes` gives each layer two numbers, (ĉ, c), but '{alone}' has {brief(sizes[alone])}.")
     checked = {name: [check_number(f"sizes['{name}']", n, 1, 10**6) for n in both] for name, both in sizes.items()}
     return [replace(layer, kb=checked[layer.name][0], c=checked[layer.name][1]) for layer in layers]
 
@@ -688,6 +690,11 @@ def factorize(
     images: tuple[int, int, int] | None = None,  # channels, height, width; needed by a Learner only
 ) -> FactorizedNetwork:
     "The network for many tasks, which are added with `add_task`. Raises `BadInput` where a layer cannot be factorized."
+    for what, given in dict(sizes=sizes, layers=layers).items():
+        if given is not None and not isinstance(given, dict):
+            raise BadInput(f"`{what}` is a dict with the names of layers, but it is {brief(given)}.")
+    if images is not None and (not isinstance(images, (tuple, list)) or len(images) != 3):
+        raise BadInput(f"`images` is (channels, height, width), but it is {brief(images)}.")
     plan = plan_for(net, targets, head, budget, sizes, layers)
     arch = Form(type(net).__name__, images and tuple(images), head_layer(net, head).weight.shape[0])
     return FactorizedNetwork(net, plan, init, seed, arch)

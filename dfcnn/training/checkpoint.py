@@ -146,5 +146,6 @@ def save(self: Checkpoint):
 @patch
 def remove(self: Checkpoint):
     "Delete what is no longer needed."
-    for path in self.paths:
+    killed = self.path.parent.glob(f".{self.path.stem}*.*")  # while one was written
+    for path in (*self.paths, *killed):
         path.unlink(missing_ok=True)  # missing: a short run has one

@@ -150,6 +150,8 @@ def check_tasks(
             (x, y), n = getattr(t, split), len(t.classes)
             if len(x) != len(y):
                 raise BadInput(f"{t.name} has {len(x)} images and {len(y)} labels in '{split}'. Give one label for each image.")
+            if network.arch.input is None:
+                raise BadInput("The network does not say which images it takes. Pass images=(channels, height, width) to `factorize`.")
             if len(x) and x.shape[1:] != network.arch.input:
                 raise BadInput(
                     f"{t.name} has images {tuple(x.shape[1:])} in '{split}', but the network '{network.arch.name}' takes"
