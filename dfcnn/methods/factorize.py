@@ -486,7 +486,10 @@ def index_of(self: FactorizedNetwork, task: int | str) -> int:
     "The place of a task that is given by its name or its place."
     if isinstance(task, str):
         return self.names.index(task) if task in self.names else self.names.index(check_choice("task", task, self.names))
-    place = index(task)
+    try:
+        place = index(task)
+    except TypeError as e:
+        raise BadInput(f"A task is given by its name or its place, but this is {brief(task)}.") from e
     if not 0 <= place < len(self.tasks):
         raise BadInput(f"There is no task {place}: the network has {len(self.tasks)}. Add one with `add_task`.")
     return place
