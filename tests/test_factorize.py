@@ -186,6 +186,21 @@ def test_a_state_of_tasks_in_another_order_is_refused():
         here.load_state_dict(there.state_dict())
 
 
+def test_a_learner_brings_tasks_by_the_names_of_the_network():
+    "Else the images of one task would train another."
+    split = lambda: Split(torch.randn(20, 3, 16, 16, generator=stream(0)), torch.arange(20) % 4)
+    birds, tools = (Task(name, list("abcd"), split(), split(), split()) for name in ("birds", "tools"))
+    net = factorize(plain_cnn(), head="10", images=(3, 16, 16))
+    for name in ("tools", "birds"):
+        net.add_task(name, 4)
+    hyper = dict(epochs=1, lr=1e-4, decay=0, batch_size=10)
+    with pytest.raises(BadInput, match="Task 1 of the network is called 'tools', and that of the images 'birds'"):
+        lifelong_learner(net, [birds, tools], **hyper)
+    lifelong_learner(net, [tools, birds], **hyper)
+    with pytest.raises(BadInput, match="Pass images=.channels, height, width. to `factorize`"):
+        lifelong_learner(factorize(plain_cnn(), head="10"), [tools, birds], **hyper)
+
+
 @pytest.mark.parametrize("tasks", [dict(birds=4), dict(birds=4, tools=7)])
 def test_a_state_of_fewer_tasks_or_other_classes_is_refused_and_changes_nothing(tasks):
     there, here = (factorize(plain_cnn(), head="10") for _ in range(2))

@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import struct
 import subprocess
 import sys
 import tarfile
+import threading
 import time
 import warnings
+import zlib
 from dataclasses import replace
 from io import StringIO
 from pathlib import Path, PurePosixPath
@@ -20,9 +23,10 @@ import pytest
 import torch
 from PIL import Image
 from conftest import picture
+from filelock import FileLock
 
 from dfcnn.core import BadInput
-from dfcnn.data.folders import photos_of_class, photos_of_task, read_folder, task_from_folder, tasks_from_datasets, tasks_from_folder
+from dfcnn.data.folders import photos_of_class, photos_of_task, read_folder, read_photo, task_from_folder, tasks_from_datasets, tasks_from_folder
 from dfcnn.data.datasets import DATASETS, list_dataset
 from dfcnn.methods.registry import METHODS, register
 from dfcnn.methods.sharing import STL
@@ -159,6 +163,22 @@ def test_twelve_bits_in_sixteen_are_refused(tmp_path):
             tasks_from_folder(tmp_path / "photos", size=16)
 
 
+def png_of_sixteen_bits(values: np.ndarray) -> bytes:  # uint16 (height, width, 3)
+    "A PNG in color with 16 bits for each value, which Pillow reads and does not write."
+    chunk = lambda kind, data: struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    header = struct.pack(">IIBBBBB", values.shape[1], values.shape[0], 16, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+def test_twelve_bits_in_color_are_refused():
+    levels = np.linspace(0, 1, 16 * 16 * 3).reshape(16, 16, 3)
+    with pytest.raises(BadInput, match="uses the lowest 12"):
+        read_photo(png_of_sixteen_bits((levels * 4095).astype("uint16")), 16)
+    assert read_photo(png_of_sixteen_bits((levels * 65535).astype("uint16")), 16).max() == 255
+    assert not read_photo(png_of_sixteen_bits(np.zeros((16, 16, 3), "uint16")), 16).any()  # black is black
+
+
 def test_labels_that_are_no_classes_are_refused():
     x = torch.rand(6, 3, 16, 16)
     for y, said in (([0.5] * 6, "is 0.5"), ([-1, 0] * 3, "image 0 is -1"), (["a", "b"] * 3, "is 'a'")):
@@ -166,6 +186,20 @@ def test_labels_that_are_no_classes_are_refused():
             tasks_from_datasets({"few": [(a, b) for a, b in zip(x, y)]}, size=16)
     with pytest.raises(BadInput, match="Unknown fit"):
         tasks_from_datasets({"few": (x, torch.arange(6) % 2)}, size=16, fit="stretch")
+
+
+def test_a_model_is_written_by_one_process_at_a_time(photos, tmp_path):
+    learn = image_learner(tasks_from_folder(photos / "photos", size=16)[:1], device="cpu", epochs=1).fit()
+    learn.export(tmp_path)
+    before = (tmp_path / "model.json").read_text()
+    learn.history = learn.history.iloc[1:]  # so that there is something to write
+    writer = threading.Thread(target=learn.export, args=(tmp_path,))
+    with FileLock(tmp_path / ".lock"):  # as another process holds it
+        writer.start()
+        writer.join(0.5)
+        assert writer.is_alive() and (tmp_path / "model.json").read_text() == before
+    writer.join(30)
+    assert (tmp_path / "model.json").read_text() != before
 
 
 def test_the_same_lines_run_again(photos, tmp_path):

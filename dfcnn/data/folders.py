@@ -63,8 +63,8 @@ def listing(folder: Path) -> tuple[list[Path], list[Path]]:
             folders = [Path(e.path) for e in there if e.is_dir()]
     except OSError as e:
         raise BadInput(f"Folder '{folder}' cannot be read ({e}). May you read it, and is no link in it a circle?") from e
-    others = (Path(e.path) for e in there if os.path.splitext(e.name)[1].lower() in PHOTO_SUFFIXES)
-    return folders, [path for path in others if path not in set(folders)]
+    inside = {f.name for f in folders}
+    return folders, [Path(e.path) for e in there if e.name not in inside and os.path.splitext(e.name)[1].lower() in PHOTO_SUFFIXES]
 
 # %% ../../nbs/06_folders.ipynb #68dedd5c
 def name_of(folder: Path) -> str:
