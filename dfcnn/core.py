@@ -37,7 +37,7 @@ class BadInput(ValueError):
     def __init__(self, message: str):
         super().__init__(str(message).encode("utf-8", "backslashreplace").decode())
 
-
+# %% ../nbs/00_core.ipynb #595cb516
 def brief(value: Any) -> str:
     "`value` as a refusal quotes it: never too long, whatever it is."
     try:
@@ -57,7 +57,7 @@ def simplify(name: str) -> str:
     apart = re.sub(r"(?<=\d)[\W_]+(?=\d)", "p", composed(name).lower())
     return "".join(ch for ch in apart if ch.isalnum())
 
-
+# %% ../nbs/00_core.ipynb #68e2e97d
 def check_choice(
     what: str,  # what is being chosen, as the user knows it ("data set")
     value: str,  # what the user asked for
@@ -213,7 +213,7 @@ def checksum(
         h.update(t.reshape(-1).view(torch.uint8).numpy())
     return h.hexdigest()
 
-
+# %% ../nbs/00_core.ipynb #9fbb9db6
 def save_tensors(
     tensors: dict[str, torch.Tensor],  # on any device
     path: str | Path,  # the file to write
@@ -229,7 +229,7 @@ def save_tensors(
         hint = " May you write there?" if barred else " Is the disk full?"
         raise OSError(f"'{path}' could not be written ({e}).{hint} What was there before is as it was.") from e
 
-
+# %% ../nbs/00_core.ipynb #d76d9682
 def load_tensors(
     path: str | Path,
 ) -> tuple[dict[str, torch.Tensor], dict[str, str]]:  # the tensors, on the CPU, and what is said about them

@@ -90,7 +90,7 @@ class Undropped(STL):
         task.head.dropout = nn.Identity()
         return task
 
-
+# %% ../nbs/60_testing.ipynb #449eceed
 TOY_NETWORKS: dict[str, Callable[[int], LifelongNetwork]] = dict(  # name -> its network with a seed
     STL=lambda seed: STL(TOY, seed),
     HPS=lambda seed: HPS(TOY, seed),
@@ -116,7 +116,7 @@ def plain_cnn() -> nn.Module:
         nn.Linear(32, 10),
     )
 
-
+# %% ../nbs/60_testing.ipynb #7c8be851
 class ShortcutCNN(nn.Module):
     "A CNN for ten classes with a shortcut, a dilation, and a depthwise convolution of 1 x 3."
 
@@ -183,7 +183,7 @@ def flat(
     "An accuracy matrix: every task is learned to `level` and loses `loss` with each later one."
     return [[level - loss * (i - j) for j in range(i + 1)] for i in range(tasks)]
 
-
+# %% ../nbs/60_testing.ipynb #359001d2
 def trials_of(
     method: str,
     level: float,  # accuracy (%)
@@ -196,7 +196,6 @@ def trials_of(
     own = np.random.default_rng(sum(map(ord, method))).normal(0, 0.2, 9)
     levels = [level + step + o for step, o in zip([0, 3, -3, 1, -1, 2][:n], own)]
     return [made_up(method, t, flat(a, tasks, loss), **other) for t, a in enumerate(levels)]
-
 
 # %% ../nbs/60_testing.ipynb #7eada2ab
 def as_printed(

@@ -150,7 +150,7 @@ class Learned:
 # %% ../nbs/50_vision.ipynb #34d5bd1e
 MODEL, CHECKPOINT = "model.json", "training.safetensors"  # in the folder of a model: what it is, and the last checkpoint
 
-
+# %% ../nbs/50_vision.ipynb #aff628f3
 def find_method(method: str | type[LifelongNetwork]) -> Method:
     "A listed method by its name, or by its class."
     if isinstance(method, type):
@@ -166,12 +166,15 @@ def find_method(method: str | type[LifelongNetwork]) -> Method:
         )
     return found
 
-
+# %% ../nbs/50_vision.ipynb #d5da7394
 def worded(tfms: Sequence[Callable]) -> list[str]:
     "Batch transforms in words, the same in every process."
-    return [re.sub(r" at 0x\w+", "", str(getattr(t, "__qualname__", t))) for t in tfms]
+    parts = [p for t in tfms for kind in ("aff_fs", "coord_fs", "fs") for p in L(getattr(t, kind, ()))]
+    values = [p if isinstance(p, partial) else {k: v for k, v in getattr(p, "__dict__", {}).items() if not isinstance(v, torch.Tensor)} for p in parts]
+    return [re.sub(r" at 0x\w+", "", str(getattr(t, "__qualname__", t))) for t in (*tfms, *values)]
 
 
+# %% ../nbs/50_vision.ipynb #aef89f6b
 def check_prepared(
     task: Task,
     prepare: Preparation,  # of the model's images
@@ -270,7 +273,7 @@ def fit(
         self.keep()
     return self
 
-
+# %% ../nbs/50_vision.ipynb #75e82797
 @patch
 def learner(
     self: ImageLearner,
@@ -323,14 +326,14 @@ def learn_next(
     if self.folder:
         self.keep()
 
-
+# %% ../nbs/50_vision.ipynb #7573510b
 @patch
 def keep(self: ImageLearner) -> None:
     "Write the model to its folder, where a checkpoint is not needed then."
     self.export(self.folder)
     Checkpoint(self.folder / CHECKPOINT).remove()
 
-
+# %% ../nbs/50_vision.ipynb #a3474609
 @patch
 def content(
     self: ImageLearner,
@@ -340,7 +343,7 @@ def content(
     sets = dict(train=task.train, valid=task.valid, test=task.test)
     return checksum({f"{name}.{k}": v for name, s in sets.items() for k, v in (("x", self.prepare.pixels(s.x)), ("y", s.y))}, {})
 
-
+# %% ../nbs/50_vision.ipynb #9eeb1e36
 @patch
 @torch.no_grad()
 def logits(
@@ -365,7 +368,7 @@ def count(self: ImageLearner, task: int) -> int | None:
     "Test images of a task that are classified correctly now; None where there are no images."
     return int(self.outcomes(task).sum()) if len(self.tasks[task].test.y) else None
 
-
+# %% ../nbs/50_vision.ipynb #b9e1e5ab
 @patch
 def report(self: ImageLearner) -> None:
     "Say how the last task was learned, and what it did to the others."
@@ -424,7 +427,7 @@ def predict(
             results[i] = (self.learned[t].classes[int(p.argmax())], p.argmax(), p)
     return results[0] if one else results
 
-
+# %% ../nbs/50_vision.ipynb #70527344
 @patch
 def get_preds(
     self: ImageLearner,
@@ -450,7 +453,7 @@ def _grid(images: torch.Tensor, titles: Sequence[str], colors: Sequence[str], co
     plt.close(fig)
     return fig
 
-
+# %% ../nbs/50_vision.ipynb #a4ffd2be
 @patch
 def show_batch(
     self: ImageLearner,
@@ -471,7 +474,7 @@ def show_batch(
             x = Augment(self.tfms, self.prepare).changed(x)
     return _grid(self.prepare.pixels(x), titles, ["black"] * len(titles))
 
-
+# %% ../nbs/50_vision.ipynb #d6c21b27
 @patch
 def show_results(
     self: ImageLearner,
@@ -497,7 +500,7 @@ def check_folder(folder: Path) -> None:
     if folder.exists() and not folder.is_dir() or MODEL not in there and not all(name.startswith(OURS) for name in there):
         raise BadInput(f"'{folder}' holds something that is no model. Choose an empty folder or a new one.")
 
-
+# %% ../nbs/50_vision.ipynb #00d69e02
 def learned_in(folder: Path) -> set[str]:
     "Names of the tasks that the model in a folder has learned; none where there is no model, or one that is damaged."
     try:
@@ -505,7 +508,7 @@ def learned_in(folder: Path) -> set[str]:
     except (OSError, ValueError, LookupError, TypeError):
         return set()
 
-
+# %% ../nbs/50_vision.ipynb #f752bdd5
 def _put(
     write: Callable[[Path], object],
     folder: Path,
@@ -521,7 +524,7 @@ def _put(
 def _sha256(about: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
 
-
+# %% ../nbs/50_vision.ipynb #0deb60e2
 def _write(learn: ImageLearner, folder: Path, images: bool) -> Path:
     "Write a model to a folder that no other process writes to meanwhile."
     if lost := learned_in(folder) - {of.name for of in learn.learned}:
@@ -555,7 +558,6 @@ def _write(learn: ImageLearner, folder: Path, images: bool) -> Path:
         if old.name not in [f["name"] for f in files.values()]:
             old.unlink()
     return folder
-
 
 # %% ../nbs/50_vision.ipynb #7e672571
 @patch
@@ -619,7 +621,7 @@ def load_learner(
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as e:
         raise BadInput(f"'{folder}' does not fit together ({type(e).__name__}: {e}). Was it made by other code of its method?") from e
 
-
+# %% ../nbs/50_vision.ipynb #70b6f2a9
 @patch
 def compare_counts(self: ImageLearner) -> None:
     "Say that the code of the method is another one; refuse it where it classifies test images otherwise."
@@ -633,7 +635,7 @@ def compare_counts(self: ImageLearner) -> None:
     same = "As many test images are classified correctly as then." if counted else "There are no test images here to tell what that changes."
     print(f"The code of '{self.method.name}' is not what it was when this model was made. {same}")
 
-
+# %% ../nbs/50_vision.ipynb #4c274d0b
 def _build(about: dict[str, Any], folder: Path, device: torch.device, tfms: Sequence[Callable], keep: bool) -> ImageLearner:
     method, prepare = METHODS[about["method"]], Preparation(**_tuples(about["prepare"]))
     form = _tuples(about["architecture"])
@@ -734,7 +736,7 @@ def retention(self: ImageLearner) -> pd.DataFrame:
         rows.append(row | dict(change=row["now"] - row["when learned"]))
     return pd.DataFrame(rows).set_index("task")
 
-
+# %% ../nbs/50_vision.ipynb #5adc67f8
 @patch
 def task_network(
     self: ImageLearner,
@@ -776,10 +778,11 @@ def compare(
     for learn in learners:
         print(f"{learn.method.title}:")
         learn.fit()
-        right[learn.method.title] = all_right = torch.cat([learn.outcomes(t) for t in range(len(tasks))])
+        outcomes = [learn.outcomes(t) for t in range(len(tasks))]  # a model from the folder may have learned more
+        right[learn.method.title] = all_right = torch.cat(outcomes)
         low, high = wilson(int(all_right.sum()), len(all_right))
-        each = {f"on {t.name}": c / t.images[2] for t, c in zip(learn.learned, learn.learned[-1].correct)}
-        change = learn.retention()["change"].iloc[:-1].mean()
+        each = {f"on {t.name}": o.float().mean().item() for t, o in zip(tasks, outcomes)}
+        change = learn.retention()["change"].iloc[: len(tasks) - 1].mean()
         row = dict(method=learn.method.title, accuracy=all_right.float().mean().item(), low=low, high=high, **each)
         rows.append(row | dict(forgotten=0.0 - change, parameters=count_parameters(learn.network), seconds=sum(t.seconds for t in learn.learned)))
     table = pd.DataFrame(rows).set_index("method").sort_values("accuracy", ascending=False)
@@ -787,7 +790,7 @@ def compare(
         print(_difference(table.index[0], other, right))
     return table
 
-
+# %% ../nbs/50_vision.ipynb #4bda2652
 def _difference(best: str, other: str, right: dict[str, torch.Tensor]) -> str:
     "One sentence: do the same test images tell two methods apart?"
     ahead, behind = int((right[best] & ~right[other]).sum()), int((right[other] & ~right[best]).sum())

@@ -86,7 +86,7 @@ def draw_pools(
             part[index] = i
     return replace(images, part=part, parts=list(rule))
 
-
+# %% ../../nbs/05_binary.ipynb #bdec4aa9
 @dataclass(frozen=True)
 class MultiTask(DataSet):
     "Binary tasks that are learned together."
@@ -133,7 +133,7 @@ def multitask_groups(
         return [(f"{a} or {b}", [a, b]) for a, b in zip(classes[::2], classes[1::2])]
     return [(f"{c} or not", [c, *(o for o in classes if o != c)]) for c in classes]
 
-
+# %% ../../nbs/05_binary.ipynb #d4bdeb93
 POOLS = ("shared", "independent")
 
 

@@ -26,6 +26,8 @@ __all__ = ['DRAWN', 'CIFAR_SPLIT', 'HOME_SPLIT', 'LIFELONG', 'MULTITASK', 'DATAS
 DRAWN = "These images are a stand-in that the package drew itself."
 
 CIFAR_SPLIT, HOME_SPLIT = dict(train=17, valid=3), dict(train=0.6, valid=0.1, test=0.3)
+
+# %% ../../nbs/09_datasets.ipynb #cd280302
 LIFELONG = (
     DataSet(
         "shapes",
@@ -73,6 +75,8 @@ LIFELONG = (
         quick_epochs=2,
     ),
 )
+
+# %% ../../nbs/09_datasets.ipynb #c7f5520c
 MULTITASK = [
     multitask_dataset(source, distribution, fraction, pools)
     for source, distributions in COUNTS.items()
@@ -117,7 +121,7 @@ def list_dataset(
     DATASETS[dataset.name] = dataset
     return dataset
 
-
+# %% ../../nbs/09_datasets.ipynb #df38c40c
 def own_dataset(
     data_dir: str | Path,  # laid out as `06_folders` says
     size: int = 64,  # height and width that all images are brought to

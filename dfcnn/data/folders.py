@@ -45,7 +45,7 @@ NOT_MEANT = {"@eaDir", "__MACOSX"}  # folders that a network drive and a zip fil
 WHOLE = "all"  # the part of images that are still to be divided
 EXPECTED = "Expected is <task>/<class>/<image>, or <task>/{train,valid,test}/<class>/<image>."
 
-
+# %% ../../nbs/06_folders.ipynb #1b12ec3c
 class Photo(NamedTuple):
     "A file, and where its folders say that it belongs."
 
@@ -54,7 +54,7 @@ class Photo(NamedTuple):
     label: str  # the class
     path: Path
 
-
+# %% ../../nbs/06_folders.ipynb #0af08c1d
 def listing(folder: Path) -> tuple[list[Path], list[Path]]:
     "The folders in a folder, and the files that are images by their names; hidden ones, whose names begin with a dot, are left out."
     try:
@@ -83,7 +83,7 @@ def names_of(folders: Sequence[Path]) -> list[str]:
         raise BadInput(f"Two folders in '{twice[0].parent}' are called '{name_of(twice[0])}': their accents are written in two ways. Rename one of them, or put them together.")
     return names
 
-
+# %% ../../nbs/06_folders.ipynb #036248ea
 def photos_of_class(
     task: str,  # its name
     part: str,  # "train", "valid", "test" or "all"
@@ -96,7 +96,7 @@ def photos_of_class(
         raise BadInput(f"'{folder}' {what}. {EXPECTED} Images end in {', '.join(sorted(PHOTO_SUFFIXES))}.")
     return [Photo(task, part, name_of(folder), f) for f in files]
 
-
+# %% ../../nbs/06_folders.ipynb #6d8c9fbe
 def photos_of_task(folder: str | Path) -> list[Photo]:
     "The images of one task, whose classes may be divided into train, valid and test."
     given, folder = folder, check_path("folder", folder)
@@ -122,10 +122,10 @@ def photos_of_task(folder: str | Path) -> list[Photo]:
         photos += [p for cls in folders for p in photos_of_class(name, part, cls)]
     labels = sorted({p.label for p in photos})
     if len(labels) < 2:
-        raise BadInput(f"Task '{name}' has {len(labels)} classes ({', '.join(labels)}), and to tell them apart there must be two. {EXPECTED}")
+        raise BadInput(f"Task '{name}' has fewer than two classes ({', '.join(labels) or 'none'}), so there is nothing to tell apart. {EXPECTED}")
     return photos
 
-
+# %% ../../nbs/06_folders.ipynb #8670692f
 def photos_in(root: str | Path) -> list[Photo]:
     "The images of all tasks of a folder."
     root = check_path("root", root)
@@ -149,13 +149,13 @@ def photos_in(root: str | Path) -> list[Photo]:
 # %% ../../nbs/06_folders.ipynb #b20a7760
 FITS = ("crop", "squish", "pad")
 
-
+# %% ../../nbs/06_folders.ipynb #5e57440d
 def check_range(
     brightest: int,  # of the image's values of 16 bits
     name: str,  # as the refusal quotes it
 ) -> None:
     "Refuse an image of 16 bits for each value that uses the lowest twelve, as that of a microscope may."
-    if 0 < brightest <= 1 << 12:
+    if 0 < brightest < 1 << 12:
         raise BadInput(f"Image '{name}' has 16 bits for each value and uses the lowest {brightest.bit_length()}: as 8 bits it would be nearly black. Convert it to 8 bits.")
 
 
@@ -175,7 +175,7 @@ def eight_bits(
         im = Image.alpha_composite(Image.new("RGBA", im.size, "white"), im)
     return im.convert("RGB")
 
-
+# %% ../../nbs/06_folders.ipynb #15896f5e
 def to_square(
     im: Image.Image,
     size: int,  # height and width in pixels
@@ -188,7 +188,7 @@ def to_square(
         return im.resize((size, size), Image.Resampling.BILINEAR, reducing_gap=2.0)
     return dict(crop=ImageOps.fit, pad=ImageOps.pad)[fit](im, (size, size), Image.Resampling.BILINEAR)
 
-
+# %% ../../nbs/06_folders.ipynb #b50bb736
 def read_photo(
     source: str | Path | bytes,  # a file, or its content
     size: int,
@@ -231,7 +231,7 @@ def as_images(
     place = lambda names, of: torch.tensor([*map({name: i for i, name in enumerate(names)}.get, of)])
     return Images(x, place(classes, labels), place(parts, of_part), classes, parts)
 
-
+# %% ../../nbs/06_folders.ipynb #6002293b
 def read_all(photos: Sequence[Photo], size: int, fit: str) -> np.ndarray:  # uint8 (n, 3, size, size)
     "Decode images, several at a time, with a progress bar."
     x, wrong = np.empty((len(photos), 3, size, size), "uint8"), []
@@ -262,7 +262,7 @@ def left_out(photos: Sequence[Photo]) -> str:  # "" where nothing is
     kinds = Counter(f.suffix.lower() or f.name for f in beside if f.suffix.lower() not in PHOTO_SUFFIXES)
     return f"Left out, no images by their names: {', '.join(f'{n} {kind}' for kind, n in sorted(kinds.items()))}." if kinds else ""
 
-
+# %% ../../nbs/06_folders.ipynb #0a6a755a
 def read_photos(
     photos: Sequence[Photo],
     size: int = 64,  # height and width that all images are brought to
@@ -306,7 +306,7 @@ def check_shares(shares: dict[str, float]) -> dict[str, float]:
         raise BadInput(f"Parameter 'shares' must make 1, but makes {sum(shares.values()):g}.")
     return shares
 
-
+# %% ../../nbs/06_folders.ipynb #3f94b8b7
 def divide(
     images: Images,
     label: int,  # class, an index into `images.classes`
@@ -494,7 +494,7 @@ def seen_in_training(task: Task) -> int:
     known = {*content(task.train.x), *content(task.valid.x)}
     return sum(of in known for of in content(task.test.x))
 
-
+# %% ../../nbs/06_folders.ipynb #00e77d86
 def check_name(name: str) -> str:
     "The name of a task, with each accented letter as one character. Raises `BadInput` for what cannot be one."
     if not isinstance(name, str) or not name or "/" in name:
@@ -513,7 +513,7 @@ def find_name(
         raise BadInput(f"Unknown task {brief(task)}.{near} Choose from: {', '.join(known)}.")
     return names.index(composed(task))
 
-
+# %% ../../nbs/06_folders.ipynb #2aefdf16
 class OwnTasks(list):
     "Tasks of a user's own images, with what is needed to read more of them."
 
@@ -573,7 +573,7 @@ def tasks_from_images(
     prepare = prepare or data.preparation(images, seed)
     return OwnTasks([data.draw(images, *group, seed, 0, prepare) for group in data.groups()], prepare)
 
-
+# %% ../../nbs/06_folders.ipynb #4d6985bf
 def tasks_from_folder(
     root: str | Path,  # <root>/<task>/<class>/<image>, or <root>/<task>/{train,valid,test}/<class>/<image>
     size: int = 64,  # height and width that all images are brought to; at 128 the paper's network for Office-Home learns them, which is large and slow
@@ -586,7 +586,7 @@ def tasks_from_folder(
     shares, fit = check_shares(shares or SHARES), check_choice("fit", fit, FITS)
     return tasks_from_images(read_folder(root, size, fit, channels), shares, seed, fit)
 
-
+# %% ../../nbs/06_folders.ipynb #6bbdb316
 def task_from_folder(
     folder: str | Path,  # <folder>/<class>/<image>, or <folder>/{train,valid,test}/<class>/<image>
     prepare: Preparation,  # of the tasks that it joins
@@ -618,7 +618,7 @@ def items_of(
         y.append(as_label(label, i))
     return x, y
 
-
+# %% ../../nbs/06_folders.ipynb #62bc20c1
 def is_pair(source: Any) -> bool:
     "Is it (images, labels), and not a data set of two items?"
     if not isinstance(source, (tuple, list)) or len(source) != 2:
@@ -630,7 +630,7 @@ def is_pair(source: Any) -> bool:
         return True
     return isinstance(labels, (list, tuple)) and all(isinstance(label, (int, np.integer)) for label in labels)
 
-
+# %% ../../nbs/06_folders.ipynb #10d5f6e3
 def image_and_label(item: Any, i: int) -> tuple[Any, Any]:  # `i`: its place, for the refusal
     "An item of a data set: a pair, or a dict with an `image` (or `img`) and a `label`."
     if isinstance(item, dict):
@@ -653,7 +653,7 @@ def as_label(label: Any, i: int) -> int:  # `i`: the place of its image, for the
         raise BadInput(f"A label is the number of a class (0, 1, ...), but that of image {i} is {brief(label)}.")
     return int(number)
 
-
+# %% ../../nbs/06_folders.ipynb #807fef1e
 def parts_of(source: Any) -> dict[str, Any]:  # part -> data set
     "The parts of whatever holds a task."
     if hasattr(source, "train_ds") and hasattr(source, "valid_ds"):
@@ -665,10 +665,13 @@ def parts_of(source: Any) -> dict[str, Any]:  # part -> data set
         raise BadInput(f"A task's parts are {', '.join(SHARES)}, but one is called {brief(strange[0])}.")
     return {WHOLE: parts["train"]} if set(parts) == {"train"} else parts  # nothing is set aside yet
 
-
+# %% ../../nbs/06_folders.ipynb #27963590
 def names_within(of: Any) -> list[Sequence]:
     "The classes that a data set names, or those within it do; a subset has the labels of the whole."
     if (names := getattr(of, "classes", getattr(of, "vocab", None))) is not None:
+        return [names]
+    features = getattr(of, "features", None)  # of Hugging Face
+    if isinstance(features, dict) and (names := getattr(features.get("label"), "names", None)) is not None:
         return [names]
     within = [of.dataset] if isinstance(of, Subset) else of.datasets if isinstance(of, ConcatDataset) else []
     return [names for part in within for names in names_within(part)]
@@ -711,7 +714,7 @@ def tasks_from_datasets(
         read = {part: items_of(of, size, fit) for part, of in parts.items()}
         labels = sorted({label for _, y in read.values() for label in y})
         if len(labels) < 2:
-            raise BadInput(f"Task '{name}' has {len(labels)} classes, and to tell them apart there must be two.")
+            raise BadInput(f"Task '{name}' has fewer than two classes ({', '.join(map(str, labels)) or 'none'}), so there is nothing to tell apart.")
         if classes is not None and labels[-1] >= len(classes):
             raise BadInput(f"Task '{name}' has the label {labels[-1]}, but only {len(classes)} classes are named.")
         named = lambda label: classes[label] if classes is not None else str(label)

@@ -60,7 +60,7 @@ MOST_BYTES = 4 << 30  # of an archive or a parquet file, unpacked
 MOST_OF_ONE = 32 << 20  # bytes of an image file
 MOST_PIXELS = 89_478_485  # of an image: 256 MiB as RGB, Pillow's own limit
 
-
+# %% ../../nbs/01_images.ipynb #e07f1a15
 def check_file(path: Path) -> Path:
     "`path` if it is a file, or a link to one."
     if not path.is_file():
@@ -70,7 +70,7 @@ def check_file(path: Path) -> Path:
         )
     return path
 
-
+# %% ../../nbs/01_images.ipynb #0b54466f
 def check_size(
     source: str,  # as the refusal names it
     files: int,  # how many it holds, or how many have been met so far
@@ -83,7 +83,7 @@ def check_size(
             f" {MOST_FILES:,} files and {MOST_BYTES:,} bytes are read: leave in it only the images of this data set."
         )
 
-
+# %% ../../nbs/01_images.ipynb #1db50d95
 def read_file(path: Path) -> bytes:
     "The content of an image file."
     try:
@@ -98,7 +98,6 @@ def file_sha256(path: Path) -> str:
     "SHA-256 of a file's content, in hexadecimal digits."
     with path.open("rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
-
 
 # %% ../../nbs/01_images.ipynb #65700885
 def save_images(images: Images, path: Path) -> None:

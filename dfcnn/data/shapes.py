@@ -39,6 +39,8 @@ OUTLINES = {  # angle -> radius, about 1
     "bow": lambda a: 0.35 + 0.8 * np.abs(np.cos(a)),
 }
 HOLLOW = {"ring", "frame"}
+
+# %% ../../nbs/02_shapes.ipynb #248ef701
 TEXTURES = {  # coordinates in units of the outline's radius -> height
     "plain": lambda u, v: 0.6 + 0 * u,
     "stripes": lambda u, v: np.sin(9 * u),
@@ -56,7 +58,7 @@ TEXTURES = {  # coordinates in units of the outline's radius -> height
 def _step(x: np.ndarray) -> np.ndarray:
     return 1 / (1 + np.exp(-np.clip(x, -30, 30)))
 
-
+# %% ../../nbs/02_shapes.ipynb #b4c2d452
 def _color(hue: np.ndarray, value: np.ndarray) -> np.ndarray:  # (n, 1, 1, 1) both -> (n, 3, 1, 1)
     wheel = 0.5 + 0.5 * np.cos(2 * np.pi * (hue - np.arange(3, dtype="float32").reshape(3, 1, 1) / 3))
     return value * wheel
@@ -64,7 +66,7 @@ def _color(hue: np.ndarray, value: np.ndarray) -> np.ndarray:  # (n, 1, 1, 1) bo
 
 STRAY = 0.06  # standard deviation of a texture's hue, as a share of the color wheel
 
-
+# %% ../../nbs/02_shapes.ipynb #d6710761
 def draw(
     outline: str,  # a key of `OUTLINES`
     texture: str,  # a key of `TEXTURES`
@@ -113,7 +115,7 @@ def draw(
 SHAPES_CLASSES = [f"{o} {t}" for o in list(OUTLINES)[:10] for t in TEXTURES]
 SHAPES_HOME_CLASSES = [f"{o} {t}" for o in OUTLINES for t in list(TEXTURES)[:5]]
 
-
+# %% ../../nbs/02_shapes.ipynb #7654305a
 def _draw_all(classes: list[str], parts: dict[str, tuple[int, int]], size: int, name: str) -> Images:
     "Draw every class in every part; `parts` gives (images of a class, blobs of clutter)."
     x, y, part = [], [], []
@@ -130,7 +132,7 @@ def _draw_all(classes: list[str], parts: dict[str, tuple[int, int]], size: int, 
         torch.from_numpy(np.concatenate(x)), torch.tensor(y), torch.tensor(part), list(classes), list(parts)
     )
 
-
+# %% ../../nbs/02_shapes.ipynb #1638cb4e
 def _kept(classes: list[str], parts: dict[str, tuple[int, int]], size: int, name: str) -> Images:
     "The drawn data set, kept in the cache under a key made from a sample of every class."
     key = hashlib.sha256(json.dumps([classes, parts, size, name]).encode())
@@ -138,7 +140,7 @@ def _kept(classes: list[str], parts: dict[str, tuple[int, int]], size: int, name
         key.update(draw(*label.split(), 1, size, np.random.default_rng(0)))
     return cached(f"{name}-{key.hexdigest()[:16]}", lambda: _draw_all(classes, parts, size, name))
 
-
+# %% ../../nbs/02_shapes.ipynb #1f497d27
 def shapes() -> Images:
     "The stand-in for CIFAR-100: 32x32, 100 classes, 50 images of each to train and validate on, 30 to test."
     return _kept(SHAPES_CLASSES, {"train": (50, 3), "test": (30, 3)}, 32, "shapes")

@@ -101,7 +101,7 @@ def _how(title: str, name: str, folder: str, more: str = "") -> str:
         f" data_dir{more}."
     )
 
-
+# %% ../../nbs/03_sources.ipynb #93dcacd8
 _cifar100 = Layout(
     "cifar100",
     "CIFAR-100",
@@ -114,6 +114,8 @@ _cifar100 = Layout(
     how_to_get=_how("CIFAR-100", "cifar100", "cifar-100-python"),
     torchvision=("CIFAR100", "cifar-100-python"),
 )
+
+# %% ../../nbs/03_sources.ipynb #6198a04c
 _cifar10 = Layout(
     "cifar10",
     "CIFAR-10",
@@ -181,7 +183,7 @@ class Member(tarfile.TarInfo):
             raise ValueError(f"a header of {member.size:,} bytes")
         return member
 
-
+# %% ../../nbs/03_sources.ipynb #e67973f6
 def members(
     source: Path,  # a folder, or a .tar, .tgz or .tar.gz archive
 ) -> Iterator[tuple[PurePosixPath, Callable[[], bytes]]]:  # path inside the source; a function that reads it
@@ -405,7 +407,7 @@ def network(
     finally:
         socket.setdefaulttimeout(before)
 
-
+# %% ../../nbs/03_sources.ipynb #eb8ce2f7
 def read_torchvision(
     layout: Layout,  # what is expected, and which class of torchvision reads it
     root: Path,  # folder in which torchvision's own folder lies
@@ -467,7 +469,7 @@ def idx_file(
                 return root / f"{stem}{suffix}"
     return None
 
-
+# %% ../../nbs/03_sources.ipynb #ebb21187
 def read_idx_file(path: Path) -> np.ndarray:  # uint8, of the shape that the file says
     "The array in an idx file: two zeros, type, number of axes, their lengths, values."
     try:
@@ -489,7 +491,7 @@ def read_idx_file(path: Path) -> np.ndarray:  # uint8, of the shape that the fil
     except Exception as e:  # struct, gzip, zlib and numpy raise many kinds
         raise BadInput(f"'{path}' cannot be read as an idx file ({type(e).__name__}: {e}). Is it complete?") from e
 
-
+# %% ../../nbs/03_sources.ipynb #50c60ee7
 def read_idx(
     layout: Layout,  # what is expected
     root: Path,  # folder of the files

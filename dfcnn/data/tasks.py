@@ -89,7 +89,7 @@ def shapes_groups() -> list[tuple[str, list[str]]]:  # (task name, its ten class
         for i in range(10)
     ]
 
-
+# %% ../../nbs/04_tasks.ipynb #147c74d7
 def shapes_home_groups() -> list[tuple[str, list[str]]]:
     "The class groups of the stand-in for Office-Home: (task name, its thirteen class names)."
     textures = list(TEXTURES)[:5]

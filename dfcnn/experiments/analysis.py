@@ -135,7 +135,7 @@ class KeepShared(FitCallback):
         "Take up what was kept."
         self.kept = in_turn(state)
 
-
+# %% ../../nbs/44_analysis.ipynb #22c56c19
 def in_turn(state: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:  # before the first task, after it, ...
     "What `KeepShared.state_dict` gives, as a list."
     kept: list[dict[str, torch.Tensor]] = [{} for _ in {k.partition("/")[0] for k in state}]
@@ -144,7 +144,7 @@ def in_turn(state: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:  #
         kept[int(i)][name] = p
     return kept
 
-
+# %% ../../nbs/44_analysis.ipynb #3a320096
 def base_movement(
     kept: Sequence[dict[str, torch.Tensor]],  # of `KeepShared`
 ) -> pd.DataFrame:  # rows: task, from 1; columns: shared parameter; 0 where it stood still, NaN where it grew
@@ -191,13 +191,13 @@ def _similarities(X: torch.Tensor) -> torch.Tensor:  # (n, ...) -> (n, n), zero 
     X = X - X.mean(0)  # alters nothing but rounding
     return (X @ X.T).fill_diagonal_(0)
 
-
+# %% ../../nbs/44_analysis.ipynb #53913f08
 def _hsic(K: torch.Tensor, L: torch.Tensor) -> torch.Tensor:
     n = len(K)
     pairs = K.sum() * L.sum() / ((n - 1) * (n - 2))
     return ((K * L).sum() + pairs - 2 / (n - 2) * (K.sum(0) @ L.sum(0))) / (n * (n - 3))
 
-
+# %% ../../nbs/44_analysis.ipynb #83a967d6
 def _aligned(K: torch.Tensor, L: torch.Tensor) -> float:
     scale = _hsic(K, K) * _hsic(L, L)
     return float(_hsic(K, L) / scale.sqrt()) if scale > 0 else float("nan")
@@ -228,7 +228,7 @@ def layer_outputs(
         outputs.append(x)
     return outputs
 
-
+# %% ../../nbs/44_analysis.ipynb #c0ab9c88
 def filter_similarity(
     network: LifelongNetwork,  # in evaluation mode, on the CPU
     x: torch.Tensor,  # images that all tasks' layers look at (n, channels, height, width)
@@ -259,7 +259,7 @@ def common_superclasses(
     a, b = ({SUPERCLASS[c] for c in classes} for classes in (a, b))
     return len(a & b) / len(a | b)
 
-
+# %% ../../nbs/44_analysis.ipynb #198ac61d
 def alike_on_average(a: Task, b: Task) -> float:  # -1 to 1
     "How well each class's mean training image correlates with the most alike one of the other task."
 
@@ -270,7 +270,7 @@ def alike_on_average(a: Task, b: Task) -> float:  # -1 to 1
     C = np.corrcoef(A, B)[: len(A), len(A) :]
     return float((C.max(1).mean() + C.max(0).mean()) / 2)
 
-
+# %% ../../nbs/44_analysis.ipynb #bf651d42
 def class_alikeness(
     tasks: Sequence[Task],
 ) -> pd.DataFrame:  # a row for each pair of tasks a < b, counted from 0; a column for each measure
@@ -313,7 +313,7 @@ def rank_correlation(
         return known, np.nan, np.nan
     return known, *(float(q) for q in np.nanquantile(again, [0.025, 0.975]))
 
-
+# %% ../../nbs/44_analysis.ipynb #9b15d1ea
 def agreement_table(
     similarity: pd.DataFrame,  # of `filter_similarity`
     alikeness: pd.DataFrame,  # of `class_alikeness`
@@ -370,7 +370,7 @@ class BaseTimes(DFCNN):
             sizes = Sizes(kb, known[like].c)
         super().__init__(arch, seed, length, sizes)
 
-
+# %% ../../nbs/44_analysis.ipynb #ccdc4e92
 def with_base(
     factor: float,  # channels of each knowledge base, times those of the authors' code
 ) -> str:  # name of the method; "DF-CNN" where the factor is 1
@@ -407,7 +407,7 @@ def base_table(records: Sequence[Record]) -> pd.DataFrame:  # a row for each siz
         rows.append(row)
     return pd.DataFrame(rows).sort_values("factor").set_index("factor")
 
-
+# %% ../../nbs/44_analysis.ipynb #90640aa2
 def base_figure(records: Sequence[Record]) -> plt.Figure:
     "Forgetting ratio against the size of the base, a dot for each trial."
     table, rs = base_table(records), [r for r in records if factor_of(r.config.method) is not None]
@@ -428,7 +428,7 @@ def base_figure(records: Sequence[Record]) -> plt.Figure:
 KEPT = "shared.safetensors"  # beside a record: what `KeepShared` has written
 EPOCHS, TASKS, SCORES = 10, 5, 5  # of a short run: per task, on a stand-in, and scores of a task while it is trained
 
-
+# %% ../../nbs/44_analysis.ipynb #bc4f295a
 def records_to_show(
     folder: str | Path,  # is searched with all folders in it
 ) -> list[Record]:  # of tasks that were learned one after the other
@@ -447,7 +447,7 @@ def records_to_show(
             raise BadInput(f"The record in '{r.folder}' does not name its tasks. Name other 'records', or make it anew.")
     return found
 
-
+# %% ../../nbs/44_analysis.ipynb #dacfed72
 @delegates(lifelong_study, but=["methods", "loss", "mean_squares_restart", "score_every", "eval_every", "size"])
 def analysis_study(
     dataset: str = "shapes",
@@ -482,7 +482,7 @@ def analysis_study(
         raise BadInput("The analysis compares tasks: let there be at least two.")
     return study, groups
 
-
+# %% ../../nbs/44_analysis.ipynb #4552d1be
 def run_and_keep(study: Study) -> tuple[Record, list[dict[str, torch.Tensor]]]:
     "Carry out a study's first run, in this process, and keep its base at the end of each task."
     config = study.configs[0]
@@ -494,7 +494,7 @@ def run_and_keep(study: Study) -> tuple[Record, list[dict[str, torch.Tensor]]]:
         raise BadInput(f"The record in '{record.folder}' was made without keeping its base. Move it away; this makes it anew.")
     return record, in_turn(load_tensors(path)[0])
 
-
+# %% ../../nbs/44_analysis.ipynb #a49a03b9
 def before_training(config: RunConfig) -> LifelongNetwork:  # in evaluation mode
     "The network with which a run begins, with all of its tasks: what was drawn and nothing learned."
     seed, architecture = config.seed_of("init"), config.data.architecture

@@ -41,13 +41,13 @@ def _mean(series: pd.Series, tasks: Sequence[int]) -> float:
 _peaks = cache(lambda r: 100 * peak_accuracy(r.history))  # indexed by task, points
 _curve = cache(lambda r: forgetting_curve(r.history))  # indexed by distance
 
-
+# %% ../../nbs/39_claims.ipynb #47701e99
 def _change(r: Record) -> pd.Series:  # indexed by task, points
     "Test accuracy at the end of the run less that at the end of the task's own training."
     R = accuracy_matrix(r.history)
     return 100 * (R.iloc[-1] - np.diag(R))
 
-
+# %% ../../nbs/39_claims.ipynb #be484b82
 def peak_of(*tasks: int) -> Metric:
     "Peak accuracy of some of the tasks, counted from 1."
     title = f"peak accuracy of tasks {tasks[0]} to {tasks[-1]} (points)"
@@ -64,7 +64,7 @@ def _slope(r: Record) -> float:
     curve = _curve(r).drop(0)  # where no task has come since, nothing can be forgotten
     return float(stats.linregress(curve.index, curve).slope) if len(curve) > 1 else np.nan
 
-
+# %% ../../nbs/39_claims.ipynb #15b6f165
 def _early_loss(r: Record) -> float:
     return _mean(_change(r), range(3)) - _mean(_change(r), range(3, 9))
 
@@ -73,7 +73,7 @@ def _first_kept(r: Record) -> float:
     ratio = forgetting_ratio(r.history, of="end").iloc[-1]
     return _mean(ratio, [0]) - _mean(ratio, range(1, r.config.tasks - 1))
 
-
+# %% ../../nbs/39_claims.ipynb #61978b7a
 def _most_changed(r: Record) -> float:
     later = r.history.query("split == 'test' and trained > evaluated")
     R = accuracy_matrix(r.history)
@@ -85,13 +85,13 @@ def _late_gain(r: Record) -> float:
     R = accuracy_matrix(r.history)
     return 100 * _mean((R.loc[9] - R.loc[6]).loc[:6], range(7)) if len(R) == 10 else np.nan
 
-
+# %% ../../nbs/39_claims.ipynb #ad883e51
 def _epoch_of_peak(r: Record) -> float:
     own = own_phase(r.history)
     best = own[own.accuracy == own.groupby(level=0).accuracy.transform("max")]
     return float(best.groupby(level=0).task_epoch.min().mean() / r.config.epochs)
 
-
+# %% ../../nbs/39_claims.ipynb #4e193209
 def _peak_of_seen(r: Record) -> float:
     "Peak accuracy of the tasks whose classes came before, in the other domain: names end with the same number."
     group = [name.split()[-1] for name in r.made_with.get("tasks") or []]
@@ -101,6 +101,8 @@ def _peak_of_seen(r: Record) -> float:
 # %% ../../nbs/39_claims.ipynb #210ea6d6
 PEAK = Metric("peak accuracy (points)", lambda r: float(_peaks(r).mean()))
 PEAK_OF_SEEN = Metric("peak accuracy on classes seen in the other domain (points)", _peak_of_seen)
+
+# %% ../../nbs/39_claims.ipynb #a126656d
 SLOPE = Metric("forgetting ratio, slope per task learned since the first one", _slope)
 MOST_CHANGED = Metric("largest change of an earlier task (points)", _most_changed)
 EARLY_LOSS = Metric("change by the end, tasks 1 to 3 less tasks 4 to 9 (points)", _early_loss)
@@ -112,6 +114,8 @@ KEPT = Metric(
     "accuracy at the end of the run over that at the end of the task, less 1",
     lambda r: float(forgetting_ratio(r.history, of="end").iloc[-1].iloc[:-1].mean()) - 1,
 )
+
+# %% ../../nbs/39_claims.ipynb #2a91fe79
 SPEED = Metric("epochs to 98% of the peak", lambda r: float(convergence_epochs(r.history).mean()))
 PEAK_AT = Metric("epoch of the peak, as a share of the training", _epoch_of_peak)
 SECONDS = Metric("seconds of training, by each task's median epoch", lambda r: float(epoch_seconds(r.history).sum() * r.config.epochs))
@@ -145,7 +149,7 @@ C, O = "cifar100", "officehome"
 OTHERS = ("STL", "STL-large", "HPS", "ProgNN", "DEN")
 SIZED = ("STL", "STL-large", "HPS", "ProgNN", "DF-CNN")
 
-
+# %% ../../nbs/39_claims.ipynb #737f0152
 def accuracy_claims() -> list[Claim]:
     "On CIFAR-100: how well each task is learned."
     return [
@@ -307,7 +311,7 @@ def home_claims() -> list[Claim]:
 DFS = "DF-CNN DF-CNN.direct DF-CNN.tc2"
 MNIST, CIFAR = "mnist-homogeneous mnist-heterogeneous", "cifar10-homogeneous cifar10-heterogeneous"
 
-
+# %% ../../nbs/39_claims.ipynb #c9447a4e
 def of_table(
     tables: str,  # "mnist-heterogeneous cifar10-homogeneous"
     pairs: Sequence[tuple[str, str]],
@@ -323,7 +327,7 @@ def of_table(
             found += [difference(f"{table}-{fraction}", ERROR, a, b, rule(FIFTH * stl)) for a, b in pairs]
     return found
 
-
+# %% ../../nbs/39_claims.ipynb #37b8449e
 def against(names: str, *others: str) -> list[tuple[str, str]]:
     "Every one of `names` with every one of `others`."
     return [(a, b) for a in names.split() for b in others]

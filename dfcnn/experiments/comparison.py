@@ -215,7 +215,7 @@ class SideBySide:
     scorecard: pd.DataFrame
     targets: pd.DataFrame
 
-
+# %% ../../nbs/40_comparison.ipynb #a53c2056
 def side_by_side(
     records: str | Path = "reports",  # folder; all complete records below it
     output_dir: str | Path = "reports/paper",  # scorecard.csv, findings.csv, targets.csv go to here
@@ -276,7 +276,7 @@ def tasks_of(records: Sequence[Record]) -> dict[str, set[str]]:  # data set -> n
         names.setdefault(r.config.dataset, set()).update(r.made_with.get("tasks") or [])
     return names
 
-
+# %% ../../nbs/40_comparison.ipynb #ccbb063d
 def by_settings(
     sides: dict[str, SideBySide],  # as `side_by_side` returns them
 ) -> dict[str, pd.DataFrame]:  # by variant; a row for each claim of which its records say something, the published settings in the first columns
@@ -304,7 +304,7 @@ COMPARED = {  # figures of `summarize` -> title, scale, form
     "convergence_epochs_of_level": ("epochs to 98% of the level at the end", 1, "{:.0f}"),
 }
 
-
+# %% ../../nbs/40_comparison.ipynb #f4c8551f
 def methods_by_settings(
     published: Sequence[Record],
     other: Sequence[Record],  # of one study with other settings

@@ -34,7 +34,7 @@ class Training:
     epochs: int  # per task; of all tasks together where they are learned together (authors' code)
     trials: int  # in the paper; for Office-Home, where it names no number, in the authors' code
 
-
+# %% ../../nbs/31_configuration.ipynb #e6bb249e
 TRAINING = {  # by architecture, since the stand-ins are trained as what they stand in for
     "cifar100": Training(batch_size=10, lr=1e-4, decay=2.5e-4, epochs=2000, trials=5),
     "officehome": Training(batch_size=16, lr=5e-6, decay=1e-3, epochs=1000, trials=5),
@@ -45,6 +45,8 @@ TRAINING = {  # by architecture, since the stand-ins are trained as what they st
         ("cifar10-5", "cifar10-10"), Training(batch_size=20, lr=2.5e-4, decay=1e-3, epochs=2000, trials=10)
     ),
 }
+
+# %% ../../nbs/31_configuration.ipynb #824a155e
 OWN_TRAINING = Training(batch_size=10, lr=3e-4, decay=1e-2, epochs=40, trials=1)  # of a user's images: see `50_vision`
 
 
@@ -87,7 +89,7 @@ def stated(self: RunConfig) -> dict[str, Any]:
     "The fields as a record states them: those that came later only where they are not as they always were."
     return {k: v for k, v in asdict(self).items() if LATER.get(k) != v}
 
-
+# %% ../../nbs/31_configuration.ipynb #0fb22cf3
 @patch(as_prop=True)
 def name(self: RunConfig) -> str:
     "Folder of the record: readable, and different for every configuration."
@@ -108,13 +110,13 @@ def full_schedule(self: RunConfig) -> Schedule:
         return lifelong_schedule(self.tasks, self.epochs, self.eval_every, self.score_every)
     return multitask_schedule(self.tasks, self.epochs, self.schedule, self.seed_of("schedule"), self.eval_every)
 
-
+# %% ../../nbs/31_configuration.ipynb #388e2a64
 @patch(as_prop=True)
 def own_score_every(self: RunConfig) -> int:
     "Epochs between two scores of the task in hand."
     return self.eval_every if self.together else self.score_every
 
-
+# %% ../../nbs/31_configuration.ipynb #339834d0
 @patch
 def seed_of(
     self: RunConfig,
@@ -149,7 +151,7 @@ def check_listed(self: RunConfig, method: bool = True):  # is the method needed,
                 " method of your own is listed by `registry.register`."
             )
 
-
+# %% ../../nbs/31_configuration.ipynb #c1aefca1
 @patch(as_prop=True)
 def data(self: RunConfig) -> DataSet:
     "The listed data set that it names."
@@ -161,7 +163,7 @@ def classes(self: RunConfig) -> int | list[int]:
     "What `build_network` adds: the number of tasks, or, of images of one's own, the number of classes of each."
     return [len(classes) for _, classes in self.data.groups()[: self.tasks]] if self.data.own else self.tasks
 
-
+# %% ../../nbs/31_configuration.ipynb #dd5dc802
 @cache
 def _can_forget(method: str, architecture: str) -> bool:
     with suppress(RuntimeError):  # a network that looks at its values, as DEN does
@@ -175,7 +177,7 @@ def can_forget(self: RunConfig) -> bool:
     "May a later task change what an earlier one predicts, for worse or for better?"
     return _can_forget(self.method, self.data.architecture)
 
-
+# %% ../../nbs/31_configuration.ipynb #866ce4ea
 @patch(as_prop=True)
 def short(self: RunConfig) -> str:
     "What is shorter than in the paper, in words; empty for the paper's full schedule."
@@ -187,7 +189,7 @@ def short(self: RunConfig) -> str:
     cut = [f"{self.epochs} of {paper.epochs} epochs {per}"] if self.epochs < paper.epochs else []
     return " and ".join(cut + ([f"{self.tasks} of {full} tasks"] if self.tasks < full else []))
 
-
+# %% ../../nbs/31_configuration.ipynb #860369e9
 @patch(as_prop=True)
 def length(self: RunConfig) -> str:
     "How long the run is, beside the paper's, in words."
@@ -209,7 +211,7 @@ def scoring_interval(
     "Epochs between two scores, so that there are at most so many `times` per task, and `at_least` so many epochs between two."
     return max(at_least, -(-epochs // times))
 
-
+# %% ../../nbs/31_configuration.ipynb #5c62314b
 def published(
     dataset: str,  # a key of `DATASETS`
     method: str,  # a key of `METHODS`
@@ -225,10 +227,9 @@ def published(
     usual |= dict(eval_every=10 if together else scoring_interval(epochs, 20, 10))
     return RunConfig(dataset, method, **usual | {k: v for k, v in changed.items() if v is not None})
 
-
+# %% ../../nbs/31_configuration.ipynb #cc18c32d
 @patch(as_prop=True)
 def changed(self: RunConfig) -> dict[str, Any]:  # as the parameter of a study is called -> value
     "The settings that are not the published ones, apart from how long a run is and how often it is scored."
     usual, free = published(self.dataset, self.method), ("epochs", "tasks", "trial", "seed", "score_every", "eval_every")
     return {dict(schedule="draw").get(k, k): v for k, v in asdict(self).items() if k not in free and v != getattr(usual, k)}
-

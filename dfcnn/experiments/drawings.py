@@ -26,7 +26,7 @@ __all__ = ['SHARED', 'OWN', 'INK', 'factorization_figure', 'sharing_of', 'reads_
            'matrix_drawing']
 
 # %% ../../nbs/37_drawings.ipynb #2860dabf
-SHARED, OWN, INK = "#e69f00", "#4c8fc4", "#222222"  # colours that the colour-blind can tell apart
+SHARED, OWN, INK = "#e69f00", "#4c8fc4", "#222222"  # colors that the color-blind can tell apart
 
 
 def _page(width: float, height: float, columns: int = 1, **kw) -> tuple[plt.Figure, np.ndarray]:
@@ -40,7 +40,7 @@ def _bare(ax: plt.Axes, width: float, height: float) -> None:
     ax.set(xlim=(0, width), ylim=(0, height), aspect="equal")
     ax.axis("off")
 
-
+# %% ../../nbs/37_drawings.ipynb #c3468bd4
 def _block(ax: plt.Axes, x: float, y: float, shape: Sequence[int], color: str, label: str) -> tuple[float, float]:
     "Draw a tensor (channels, height, width) centred at (x, y); returns the x of its left and right edge."
     depth, height = 0.1 + 0.08 * np.log2(shape[0]), 0.25 + 0.18 * shape[1] ** 0.75
@@ -59,7 +59,7 @@ def _block(ax: plt.Axes, x: float, y: float, shape: Sequence[int], color: str, l
     ax.text(x, low - 0.06, label, ha="center", va="top", fontsize=9, color=INK)
     return left, left + width + depth
 
-
+# %% ../../nbs/37_drawings.ipynb #79115713
 def _arrow(ax: plt.Axes, start: tuple[float, float], end: tuple[float, float], label: str = "", color: str = INK) -> None:
     ax.add_patch(FancyArrowPatch(start, end, arrowstyle="-|>", mutation_scale=11, lw=1.2, color=color, shrinkA=2, shrinkB=2))
     if label:
@@ -107,7 +107,7 @@ def sharing_of(
     found.append({k for k, p in named.items() if id(p) in head})
     return [{"own" if k.startswith(f"tasks.{task}.") else "shared" for k in names} for names in found]
 
-
+# %% ../../nbs/37_drawings.ipynb #cf67d70b
 def reads_from(
     network: LifelongNetwork,
     task: int,  # that the network knows
@@ -117,7 +117,7 @@ def reads_from(
     names = [k for k, p in network.named_parameters() if id(p) in used and k.startswith("tasks.")]
     return {int(k.split(".")[1]) for k in names} - {task}
 
-
+# %% ../../nbs/37_drawings.ipynb #fc00bb8d
 def sharing_figure(
     networks: dict[str, LifelongNetwork],  # title -> a network that knows two tasks
 ) -> plt.Figure:
@@ -157,7 +157,7 @@ def stamps(
         found[n, 2 * i : 2 * i + p, 2 * j : 2 * j + p] = kb[i, j] * V
     return found[:, 1:-1, 1:-1]
 
-
+# %% ../../nbs/37_drawings.ipynb #216ba4cc
 def stamps_figure(
     kb: torch.Tensor,  # (ĥ, ŵ), one channel
     V: torch.Tensor,  # (3, 3)
@@ -186,11 +186,11 @@ def layer_filters(
     with torch.no_grad():
         return [network.filters(t)[layer][0].detach().clone() for t in tasks]
 
-
+# %% ../../nbs/37_drawings.ipynb #d36c0925
 def filters_figure(
     before: Sequence[torch.Tensor],  # (c_out, c_in, k, k) of each task, as `layer_filters` gives them
     after: Sequence[torch.Tensor],
-    n: int = 8,  # filters that are shown, each its first three input channels as a colour
+    n: int = 8,  # filters that are shown, each its first three input channels as a color
 ) -> plt.Figure:
     "Filters of several tasks, before and after."
     fig, axs = _page(1.1 + 0.62 * n, 0.72 * 2 * len(before) + 0.3, 1)
@@ -244,7 +244,7 @@ def growth_blocks(
         blocks.append((n // 2, ("into", "W")[n % 2], rows.start, rows.stop - rows.start, columns.start, columns.stop - columns.start))
     return [b for b in blocks if b[3] and b[5]]
 
-
+# %% ../../nbs/37_drawings.ipynb #971f4e07
 def growth_figure(network: DEN) -> plt.Figure:
     "The generations of every layer of a DEN as blocks."
     n = len(network.arch.channels)

@@ -140,7 +140,7 @@ def epochs_of(
     "Epochs of a run, with those of the networks that it starts from."
     return len(config.full_schedule) * (2 if METHODS[config.method].network.starts_from else 1)
 
-
+# %% ../../nbs/34_engine.ipynb #0bd54a46
 def epochs_done(
     config: RunConfig, folder: Path, about: dict[str, Any]  # data, code, versions and device of today
 ) -> int:
@@ -220,7 +220,7 @@ def read(self: ProgressMonitor, config: RunConfig):
     self.printed[config] = len(news["lines"])
     self.show()
 
-
+# %% ../../nbs/34_engine.ipynb #017d9648
 @patch
 def finish(
     self: ProgressMonitor,
@@ -282,7 +282,7 @@ class StopAt(Callback):
 def _images(dataset: str, data_dir: str | None) -> Images:
     return DATASETS[dataset].images(data_dir)
 
-
+# %% ../../nbs/34_engine.ipynb #219fa15d
 def run_in_worker(
     configs: Sequence[RunConfig],  # one, or the trials of a method that are trained as one
     method: Method,  # with its network, where it is listed in the asking process alone
@@ -336,7 +336,7 @@ def groups(self: Engine, configs: Sequence[RunConfig]) -> list[list[RunConfig]]:
         trials.setdefault((c.method, c.dataset), []).append(c)
     return list(trials.values())
 
-
+# %% ../../nbs/34_engine.ipynb #96cf33dd
 @patch
 def results_of(
     self: Engine,

@@ -42,7 +42,7 @@ def targets() -> pd.DataFrame:
     with (files("dfcnn") / "targets.csv").open(encoding="utf-8") as f:
         return pd.read_csv(f)
 
-
+# %% ../../nbs/36_figures.ipynb #5aade507
 @cache
 def method_of(
     model: str,  # as the paper calls it: the reduced DF-CNNs by their size
@@ -51,7 +51,7 @@ def method_of(
     title = re.sub(r"\(\d.*M\)", "(reduced)", model)
     return next(m.name for m in METHODS.values() if m.title == title)
 
-
+# %% ../../nbs/36_figures.ipynb #c98b6dba
 @cache
 def target(
     dataset: str,  # its name in `targets.csv`
@@ -77,7 +77,7 @@ SETTINGS = {  # as the paper's tables name them -> (data set, setting, architect
     "CIFAR-10, 5 tasks": ("cifar10", "mtl_heterogeneous", "cifar10-5", 5),
 }
 
-
+# %% ../../nbs/36_figures.ipynb #21e90235
 def parameter_table() -> pd.DataFrame:  # a row for each method and setting
     "Trainable parameters of every method, the paper's total in millions, and whether the one rounds to the other."
     rows = []
@@ -94,7 +94,7 @@ def parameter_table() -> pd.DataFrame:  # a row for each method and setting
     columns = ["setting", "model", "parameters", "paper (M)", "printed", "agrees", "difference (%)"]
     return pd.DataFrame(rows, columns=columns)
 
-
+# %% ../../nbs/36_figures.ipynb #eaae8b85
 def size_table() -> pd.DataFrame:  # models x settings, values as text
     "`parameter_table` as one glance: our total, the paper's in brackets, and by how much they differ where they do."
 
@@ -115,7 +115,7 @@ def comparable(record: Record) -> dict[str, object]:
     alike = {k: v for k, v in vars(record.config).items() if k not in ("method", "trial")}
     return alike | {"data": record.made_with["data"]}
 
-
+# %% ../../nbs/36_figures.ipynb #baf66706
 def by_method(records: Sequence[Record]) -> dict[str, list[Record]]:  # method -> the records of its trials
     "Group records that may be shown together, or say why they may not."
     if not records:
@@ -138,13 +138,13 @@ def by_method(records: Sequence[Record]) -> dict[str, list[Record]]:  # method -
         same.append(r)
     return groups
 
-
+# %% ../../nbs/36_figures.ipynb #aa5acda0
 def fractions_of(records: Sequence[Record]) -> list[str]:
     "The fractions of the data that records of tasks learned together have, from the smallest."
     there = {r.config.dataset for r in records}
     return list(dict.fromkeys(data.fraction for name, data in DATASETS.items() if name in there))
 
-
+# %% ../../nbs/36_figures.ipynb #8dba5e75
 def caption(
     records: Sequence[Record],  # of one study
 ) -> str:
@@ -225,7 +225,7 @@ def peak_table(records: Sequence[Record]) -> pd.DataFrame:  # a row for each met
 
 # %% ../../nbs/36_figures.ipynb #68fe6ef9
 GREYS = {"STL": "0.25", "STL-large": "0.65"}  # dotted lines of reference
-_COLORS = {  # related methods in related colours
+_COLORS = {  # related methods in related colors
     "STL": "C0", "STL-large": "C9", "HPS": "C1", "SNN": "C7", "ProgNN": "C2", "DEN": "C4", "TF": "C5", "TF-uniform": "tan", "TF-distillation": "C8",
     "DF-CNN": "C3", "DF-CNN-reduced": "C6", "DF-CNN.direct": "darkred", "DF-CNN.tc2": "k",
 }
@@ -234,10 +234,10 @@ _COLORS = {  # related methods in related colours
 def color_of(
     method: str,  # a key of `METHODS`
 ) -> str:  # as matplotlib knows it
-    "The colour of a method, which is the same in all figures."
+    "The color of a method, which is the same in all figures."
     return _COLORS.get(method) or f"C{place_of(method) % 10}"
 
-
+# %% ../../nbs/36_figures.ipynb #501a83d8
 def panels(
     n: int,
     width: float,  # of a panel; more where the figure would be too narrow for its caption
@@ -261,13 +261,13 @@ def panels(
         ax.tick_params(labelbottom=True)
     return fig, axs.flat
 
-
+# %% ../../nbs/36_figures.ipynb #8862ea59
 def legend(fig: plt.Figure) -> None:
-    "One legend of what is labelled in any panel, to the right of all."
+    "One legend of what is labeled in any panel, to the right of all."
     found = {label: handle for ax in fig.axes for handle, label in zip(*ax.get_legend_handles_labels())}
     fig.legend(found.values(), found.keys(), fontsize=8, loc="outside right center")
 
-
+# %% ../../nbs/36_figures.ipynb #4733da57
 def titled(fig: plt.Figure, title: str) -> plt.Figure:  # the same, closed in pyplot so that it is not shown twice
     "The figure with a title of one or more lines, broken where they are too long for it."
     wide = int(14 * fig.get_figwidth())  # characters that fit beside each other
@@ -280,7 +280,7 @@ def finish(fig: plt.Figure, records: Sequence[Record], title: str) -> plt.Figure
     "The figure with its title and the caption of its records."
     return titled(fig, f"{title}\n{caption(records)}")
 
-
+# %% ../../nbs/36_figures.ipynb #e37ab12a
 def _mean_over_trials(
     rs: list[Record], metric: Callable[[pd.DataFrame], pd.Series]
 ) -> pd.DataFrame:  # columns mean, half
@@ -332,7 +332,7 @@ def _draw_by_method(ax: plt.Axes, records: Sequence[Record], metric: Callable, x
     ax.xaxis.get_major_locator().set_params(integer=True)
     ax.grid(alpha=0.3)
 
-
+# %% ../../nbs/36_figures.ipynb #693c8fe3
 def forgetting_figure(records: Sequence[Record]) -> plt.Figure:
     "Forgetting ratio by the number of tasks learned since (Fig. 3b and 5b), and beside it what is kept of the accuracy at the end of a task."
     fig, axs = plt.subplots(1, 2, figsize=(10, 3.4), sharey=True, layout="constrained")
@@ -343,14 +343,13 @@ def forgetting_figure(records: Sequence[Record]) -> plt.Figure:
     legend(fig)
     return finish(fig, records, "Forgetting. Left: the paper's ratio (as Fig. 3b), which is below 1 even where nothing is forgotten. Right: what later tasks have left")
 
-
+# %% ../../nbs/36_figures.ipynb #0b117959
 def convergence_figure(records: Sequence[Record]) -> plt.Figure:
     "Epochs to 98% of the peak accuracy, for each task in order (Fig. 5c)."
     fig, ax = plt.subplots(figsize=(8, 3.4), layout="constrained")
     _draw_by_method(ax, records, convergence_epochs, "task", "epochs to 98% of peak", shift=1)
     legend(fig)
     return finish(fig, records, "Speed of convergence (as Fig. 5c)")
-
 
 # %% ../../nbs/36_figures.ipynb #7d37cfd4
 def progress_figure(records: Sequence[Record]) -> plt.Figure:
@@ -379,7 +378,7 @@ REACHED = {  # key of a summary -> what it is
     "final_accuracy": "accuracy after the last task",
 }
 
-
+# %% ../../nbs/36_figures.ipynb #75cedddb
 def differences(
     records: Sequence[Record],
     metric: str = "peak_accuracy",  # a key of `REACHED`, means over tasks
@@ -393,7 +392,6 @@ def differences(
     }
     there = {question: {m: points for m, points in by.items() if len(points)} for question, by in asked.items()}
     return {question: by for question, by in there.items() if by}
-
 
 # %% ../../nbs/36_figures.ipynb #d1ff0004
 def difference_table(records: Sequence[Record]) -> pd.DataFrame | None:  # a row for each method, values as text; None where there is nothing to compare
@@ -448,7 +446,7 @@ def lead(records: Sequence[Record]) -> dict[str, pd.DataFrame]:  # method -> tri
     single = peaks.pop("STL", pd.DataFrame())
     return {m: found for m, p in peaks.items() if len(found := (p - single).dropna())}
 
-
+# %% ../../nbs/36_figures.ipynb #151cef93
 def lead_figure(records: Sequence[Record]) -> plt.Figure | None:  # None where there is nothing to compare
     "Peak accuracy above that of STL, by the place of a task in the sequence, with the interval over trials."
     leads = lead(records)
@@ -466,7 +464,7 @@ def lead_figure(records: Sequence[Record]) -> plt.Figure | None:  # None where t
     legend(fig)
     return finish(fig, records, "Peak accuracy above that of STL, task by task. On the first task there is nothing to transfer yet")
 
-
+# %% ../../nbs/36_figures.ipynb #dd8a9f4d
 def lead_table(records: Sequence[Record]) -> pd.DataFrame:  # a row for each method, values as text
     "The lead over STL on the first task and on later ones, and its trend, beside the parameters that tasks share and those of a task's own."
     costs, rows = cost_table(records), {}
@@ -478,7 +476,6 @@ def lead_table(records: Sequence[Record]) -> pd.DataFrame:  # a row for each met
         rows[title_of(method)] = {f"{k} (points)": plus_minus(v, form) for k, (v, form) in known.items() if v.notna().all()} | dict(own)
     return pd.DataFrame(rows).T.fillna("").rename_axis("model")
 
-
 # %% ../../nbs/36_figures.ipynb #b4fd126f
 def matrix_figure(records: Sequence[Record]) -> plt.Figure:
     "Mean accuracy matrix of each method, in percent, with backward transfer in the title."
@@ -488,7 +485,7 @@ def matrix_figure(records: Sequence[Record]) -> plt.Figure:
         method: 100 * sum(accuracy_matrix(r.history).to_numpy() for r in rs) / len(rs)
         for method, rs in groups.items()
     }
-    highest = max(1, *map(np.nanmax, matrices.values()))  # one scale of colours for all methods
+    highest = max(1, *map(np.nanmax, matrices.values()))  # one scale of colors for all methods
     for ax, (method, rs) in zip(axs, groups.items()):
         R = matrices[method]
         ax.imshow(R, cmap="viridis", vmin=0, vmax=highest)
@@ -599,7 +596,7 @@ def settings_of(records: Sequence[Record]) -> dict[str, Any]:  # field of `RunCo
     values = {k: sorted({s[k] for s in stated}) for k in stated[0]}
     return {k: v[0] if len(v) == 1 else v for k, v in values.items()}
 
-
+# %% ../../nbs/36_figures.ipynb #4f8c4d25
 def report_suffix(
     settings: dict[str, Any],  # of the report that is to be written
     first: dict[str, Any],  # of the first report of the folder

@@ -30,7 +30,7 @@ def own_phase(
     ]
     return own.sort_values(["trained", "epoch"]).set_index("trained")
 
-
+# %% ../../nbs/30_metrics.ipynb #6d236cf0
 def peak_accuracy(history: pd.DataFrame) -> pd.Series:  # indexed by task, 0 to 1
     "Peak per-task accuracy (Sec. 4.2): the highest test accuracy of each task during its own training phase."
     return own_phase(history).groupby(level=0).accuracy.max()
@@ -54,7 +54,7 @@ def accuracy_matrix(
         index="trained", columns="evaluated", values="accuracy"
     )
 
-
+# %% ../../nbs/30_metrics.ipynb #3910c237
 def forgetting_ratio(
     history: pd.DataFrame,  # a table of scores
     of: str = "peak",  # "end": of the accuracy at the end of the task's own training
@@ -89,7 +89,7 @@ def level(history: pd.DataFrame) -> pd.Series:  # indexed by task, 0 to 1
     late = own.task_epoch > 0.9 * own.groupby(level=0).task_epoch.transform("max")
     return own[late].groupby(level=0).accuracy.mean()
 
-
+# %% ../../nbs/30_metrics.ipynb #200f62dd
 def convergence_epochs(
     history: pd.DataFrame,  # a table of scores
     share: float = 0.98,  # of the reference
@@ -132,11 +132,10 @@ def seconds(history: pd.DataFrame) -> pd.Series:  # 'training', 'evaluation'
         dict(training=history.seconds[training].sum(), evaluation=history.seconds[~training].sum())
     )
 
-
+# %% ../../nbs/30_metrics.ipynb #b8630700
 def epoch_seconds(history: pd.DataFrame) -> pd.Series:  # indexed by task
     "Seconds of a training epoch of each task, the median over its epochs."
     return history[history.split == "train"].groupby("trained").seconds.median()
-
 
 # %% ../../nbs/30_metrics.ipynb #c2367bfb
 def mean_ci(
@@ -148,7 +147,7 @@ def mean_ci(
         return float(values.mean()), float("nan")
     return float(values.mean()), float(stats.sem(values) * stats.t.ppf(0.975, len(values) - 1))
 
-
+# %% ../../nbs/30_metrics.ipynb #9b7579e3
 def effect(values: Sequence[float], form: str = "{:+.3g}") -> str:
     "Mean over trials and its interval, as text."
     mean, half = mean_ci(values)
@@ -163,7 +162,6 @@ def plus_minus(values: Sequence[float], form: str = "{:.1f}") -> str:  # empty f
     text = "" if np.isnan(mean) else form.format(mean)
     return text if np.isnan(half) else f"{text} ± {form.format(half).lstrip('+')}"
 
-
 # %% ../../nbs/30_metrics.ipynb #5e45de66
 def task_means(history: pd.DataFrame) -> pd.DataFrame:  # epochs x (valid, test), accuracies from 0 to 1
     "Accuracy averaged over tasks, at every epoch at which all were scored."
@@ -172,7 +170,7 @@ def task_means(history: pd.DataFrame) -> pd.DataFrame:  # epochs x (valid, test)
     )
     return scores.dropna().T.groupby(level="split").mean().T
 
-
+# %% ../../nbs/30_metrics.ipynb #8e9125eb
 def summarize_together(
     history: pd.DataFrame,  # a table of scores of tasks that were learned together
 ) -> dict[str, float]:

@@ -157,7 +157,7 @@ def _tasks_scored(config: RunConfig) -> int:
         scored += (config.tasks if config.together else task + 1) if due == "all" and again else bool(due)
     return scored
 
-
+# %% ../../nbs/41_paper.ipynb #8688e602
 def hours_of(
     config: RunConfig,
     device: torch.device = torch.device("cpu"),  # that a step is timed on
@@ -204,7 +204,7 @@ def turn(hours: float, left: float) -> str:  # "in the time", "begun" or "anothe
     "When something that takes so many hours has its turn, if so many are left."
     return "in the time" if hours <= left else "begun" if left > 0 else "another time"
 
-
+# %% ../../nbs/41_paper.ipynb #7826f6ab
 @dataclass
 class Paper:
     "The paper's runs: what there is, what is missing, and what can be trained in the time."
@@ -311,7 +311,7 @@ def sides(self: Paper) -> dict[str, SideBySide]:
     "The paper beside the records: see `40_comparison`."
     return side_by_side(self.records, self.output_dir, may_be_empty=self.hours > 0)
 
-
+# %% ../../nbs/41_paper.ipynb #9567e551
 @patch
 def hours_to(self: Paper, targets: pd.DataFrame) -> pd.Series:  # a row for each of the paper's numbers
     "Hours on this machine to what was not run yet, with as many trials as the paper has; NaN where it was."

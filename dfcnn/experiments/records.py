@@ -79,7 +79,7 @@ def read_history(
         raise ValueError(f"{path.name} has no columns {', '.join(HISTORY)}")
     return history
 
-
+# %% ../../nbs/32_records.ipynb #6e091c42
 def history_checksum(
     path: Path,  # of the CSV file
 ) -> str:  # 64 hexadecimal digits
@@ -99,7 +99,7 @@ def kept_of(
         raise ValueError("history.csv is not what it was when the run was complete")
     return {k: stored[k] for k in ("parameters", "pretraining_seconds") if k in stored}
 
-
+# %% ../../nbs/32_records.ipynb #edef93b8
 def load_record(
     folder: str | Path,  # of one run
 ) -> Record:
@@ -124,7 +124,7 @@ def scored_rarely(
     history = scored_every(record.history, epochs, record.config.eval_every)
     return replace(record, config=replace(record.config, score_every=epochs), history=history)
 
-
+# %% ../../nbs/32_records.ipynb #ae8088d6
 def scored_alike(
     records: Sequence[Record],
 ) -> list[Record]:  # in the same order; of a run that is there twice, once scored more often, only one
@@ -143,7 +143,7 @@ def scored_alike(
             found[r.folder] = r
     return list(found.values())
 
-
+# %% ../../nbs/32_records.ipynb #26b4bf17
 def complete_folders(
     folder: str | Path,  # is searched with all folders in it, those behind links too
 ) -> list[Path]:
@@ -158,7 +158,7 @@ def complete_folders(
         seen.add(real)
     return sorted(found)
 
-
+# %% ../../nbs/32_records.ipynb #c0e85f2d
 def load_records(
     folder: str | Path,  # is searched as by `complete_folders`
     alike: bool = True,  # those of one folder as rarely scored as the rarest of them; False: as they are on disk
@@ -200,7 +200,7 @@ def probe(
     small = replace(config, tasks=min(2, config.tasks), trial=0, seed=0, batch_size=PROBED // 2, eval_every=1, score_every=1)
     return [loss for n in lengths for loss in _losses(replace(small, epochs=n), images)]
 
-
+# %% ../../nbs/32_records.ipynb #b8cbafec
 def _losses(config: RunConfig, images: Images) -> list[float]:
     key = config, METHODS[config.method], images.fingerprint
     if key not in _probes:
@@ -224,7 +224,7 @@ def _package_checksum() -> str:
 
 PACKAGE = _package_checksum()  # of the code that was imported, whatever becomes of the files
 
-
+# %% ../../nbs/32_records.ipynb #927e7087
 @cache
 def git_revision() -> str | None:
     "The commit that this package was imported from, with a + where files differ from it; None outside of git."
@@ -266,7 +266,7 @@ def made_with(
         started=datetime.now(timezone.utc).isoformat(timespec="seconds"),
     )
 
-
+# %% ../../nbs/32_records.ipynb #9249d80d
 SAME = ("data", "method", "torch", "device", "threads", "tf32")  # what must agree before a record is used again
 
 # %% ../../nbs/32_records.ipynb #8a4198bf
@@ -277,7 +277,7 @@ def same_numbers(
     "Do two probes agree, up to the rounding of float64? That of an earlier record may be a shorter one."
     return 0 < len(a) <= len(b) and all(isclose(x, y, rel_tol=1e-7) for x, y in zip(a, b))
 
-
+# %% ../../nbs/32_records.ipynb #a126f547
 def changes(
     made: dict[str, Any],  # `made_with` of a record
     today: dict[str, Any],  # and of a run that would be made now
@@ -307,7 +307,7 @@ def folder_lock(
     finally:
         lock.release()
 
-
+# %% ../../nbs/32_records.ipynb #8cbfffd6
 def set_aside(folder: Path) -> Path:  # where the files are now
     "Move a record out of the way."
     aside = folder.parent / "superseded" / f"{folder.name}-{datetime.now():%Y%m%d-%H%M%S-%f}"
@@ -330,7 +330,7 @@ def differing_settings(
         if there.get(k) != here.get(k)
     )
 
-
+# %% ../../nbs/32_records.ipynb #ab173281
 def read_config(folder: Path) -> dict[str, Any]:
     "`config.json` of a record, or a `BadInput` that says what to do."
     try:
@@ -342,7 +342,7 @@ def read_config(folder: Path) -> dict[str, Any]:
             " choose another output_dir."
         ) from e
 
-
+# %% ../../nbs/32_records.ipynb #35b15227
 def reuse_or_set_aside(
     folder: Path, config: RunConfig, today: dict[str, Any]  # `made_with` of a run that would be made now
 ) -> bool:
@@ -372,7 +372,7 @@ def made_by(folder: Path) -> str:
     said = {k: found[k] for k in ("config", "made_with")}
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
-
+# %% ../../nbs/32_records.ipynb #d75f9c21
 def load_network(
     folder: str | Path,  # of a complete record
 ) -> LifelongNetwork:  # in evaluation mode, on the CPU

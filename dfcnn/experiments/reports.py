@@ -55,7 +55,7 @@ def folders(
         found.setdefault(r.folder.parent, []).append(r)
     return dict(sorted(found.items()))
 
-
+# %% ../../nbs/43_reports.ipynb #e1f4b225
 def render(
     root: str | Path = "reports",
     into: str | Path | None = None,  # None: beside the records
@@ -116,7 +116,7 @@ def notebook_title(
     lines = [line.strip() for line in "".join(first["source"]).splitlines() if line.strip()]
     return ". ".join(line.lstrip("#> ") for line in lines[:2])
 
-
+# %% ../../nbs/43_reports.ipynb #1084c314
 def index(root: str | Path = "reports") -> str:  # Markdown
     "What each folder and each rendered notebook below `root` is."
     root = Path(root)
@@ -162,7 +162,7 @@ def draw_idea(
     with writing(path) as part:
         factorization_figure(network).savefig(part, format="png", dpi=150)
 
-
+# %% ../../nbs/43_reports.ipynb #0dc8f094
 def render_all(
     root: str | Path = "reports",  # holds folders of records
 ) -> None:

@@ -62,7 +62,7 @@ class ScaledAtOnce(DataSet):
         std, mean = _statistics(images)
         return (x - mean) / std
 
-
+# %% ../../nbs/42_riddle.ipynb #42bd0963
 def scaled_at_once(
     dataset: DataSet,  # whose splits are scaled one by one
 ) -> DataSet:
@@ -86,7 +86,7 @@ class _With80(_Without):
 
     share = 0.8
 
-
+# %% ../../nbs/42_riddle.ipynb #5b89440f
 class DropoutAlways(Dropout):
     "Dropout that does not stop while a network is scored."
 
@@ -103,7 +103,7 @@ class _Scored:
         task.head.dropout = DropoutAlways(task.head.dropout.p)
         return task
 
-
+# %% ../../nbs/42_riddle.ipynb #ea7e0d02
 VARIANTS = {"no-dropout": _Without, "dropout-80": _With80, "dropout-scored": _Scored}
 
 
@@ -140,7 +140,7 @@ class Candidate:
         often = dict(score_every=scoring_interval(epochs, 20), eval_every=scoring_interval(epochs, 4))
         return published(dataset, method, epochs=epochs, tasks=tasks, **often, **self.settings)
 
-
+# %% ../../nbs/42_riddle.ipynb #8f1f03a1
 CANDIDATES = {
     c.name: c
     for c in (
@@ -160,7 +160,7 @@ CANDIDATES = {
 # %% ../../nbs/42_riddle.ipynb #88d5b1b3
 METHODS_ASKED = ("STL", "HPS", "DF-CNN")  # of which the paper prints a number, and which are trained fast
 
-
+# %% ../../nbs/42_riddle.ipynb #9d9c86ef
 @dataclass(frozen=True)
 class Riddle:
     "Runs of candidates, one after the other."
@@ -186,7 +186,7 @@ def _record_of(folder: Path, config: RunConfig) -> tuple[Path, bool]:
     where = folder / config.dataset / config.name
     return where, (where / "summary.json").exists()
 
-
+# %% ../../nbs/42_riddle.ipynb #c0238702
 def riddle_study(
     dataset: str = "cifar100",  # or "shapes", to see it work
     methods: str | list[str] = "all",  # of `METHODS_ASKED`
@@ -267,7 +267,7 @@ def accuracy_after(
     course = own[own.index.isin(tasks)].groupby("task_epoch").accuracy.mean()
     return float(np.interp(epochs, course.index, course))
 
-
+# %% ../../nbs/42_riddle.ipynb #ec4ba988
 def is_above(
     a: float,  # accuracy, 0 to 1
     b: float,
@@ -276,7 +276,6 @@ def is_above(
     "Is one accuracy above another, as far as so many test images can tell?"
     error = ((a * (1 - a) + b * (1 - b)) / images) ** 0.5
     return "unclear" if abs(a - b) < 2 * error else "yes" if a > b else "no"
-
 
 # %% ../../nbs/42_riddle.ipynb #2d4bd640
 SIGNS = ("DF-CNN ahead of STL", "DF-CNN twice as fast", "HPS behind STL on later tasks", "STL below its peak in the paper")

@@ -40,7 +40,7 @@ class RunCheckpoint(Checkpoint):
         super().save()
         write_history(self.learn.evaluate.history, self.path.with_name("history.csv"))
 
-
+# %% ../../nbs/33_runs.ipynb #ca381846
 @contextmanager
 def using_threads(n: int):  # of torch on a CPU
     "Let torch compute with `n` threads."
@@ -51,7 +51,7 @@ def using_threads(n: int):  # of torch on a CPU
     finally:
         torch.set_num_threads(before)
 
-
+# %% ../../nbs/33_runs.ipynb #581656e7
 def settings(
     network: LifelongNetwork,  # whose attributes that are data classes or floats are its sizes
     config: RunConfig,  # of the run
@@ -113,7 +113,7 @@ def learner(
     hyper = self.config.learning | settings
     return task_learner(network, self.tasks, **hyper, device=self.device, cbs=[self.keeps[-1], *self.cbs])
 
-
+# %% ../../nbs/33_runs.ipynb #c77d2c5a
 @patch
 def pretraining(self: PendingRun) -> TaskLearner:
     "The Learner of the networks of another method, from which this one's start; it scores nothing."
@@ -125,7 +125,7 @@ def training(self: PendingRun) -> TaskLearner:
     "The Learner of the run."
     return self.learner(self.network, RunCheckpoint, "checkpoint.safetensors")
 
-
+# %% ../../nbs/33_runs.ipynb #883efd8b
 @patch
 def finish(self: PendingRun, history: pd.DataFrame) -> None:
     "Complete the record."
@@ -155,7 +155,7 @@ def train_to_the_end(learners: Sequence[TaskLearner]) -> list[pd.DataFrame]:  # 
             )
     return histories
 
-
+# %% ../../nbs/33_runs.ipynb #3b20c9fc
 def run_together(
     configs: Sequence[RunConfig],  # trials of one method
     images: Images,  # of the configurations' data set
@@ -188,7 +188,7 @@ def run_together(
             p.finish(history)
         return [load_record(folder) for folder in folders]
 
-
+# %% ../../nbs/33_runs.ipynb #62d71685
 def run(
     config: RunConfig,
     images: Images,  # of the configuration's data set

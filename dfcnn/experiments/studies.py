@@ -116,7 +116,7 @@ def epochs_left(self: Study) -> dict[RunConfig, int]:
 
     return {c: epochs_of(c) - done(c) for c in self.configs}
 
-
+# %% ../../nbs/35_studies.ipynb #5574c022
 @patch
 def check_space(self: Study, left: Sequence[RunConfig]) -> None:
     "Refuse a study whose networks, and checkpoints of those that are trained side by side, do not fit on the disk."
@@ -142,14 +142,14 @@ def check_space(self: Study, left: Sequence[RunConfig]) -> None:
 class RunsFailed(RuntimeError):
     "Some runs of a study ended with an error. The message says which and why."
 
-
+# %% ../../nbs/35_studies.ipynb #7b9a1533
 @patch
 def title_of(self: Study, config: RunConfig) -> str:
     "A run as the user knows it."
     at = f" at {config.data.fraction}" * bool(config.data.fraction)
     return f"{METHODS[config.method].title}{at}, trial {config.trial + 1}"
 
-
+# %% ../../nbs/35_studies.ipynb #34ce236f
 @patch
 def report_failures(
     self: Study,
@@ -169,7 +169,7 @@ def report_failures(
             + "; the same command goes on with these:\n" + "\n".join(lines)
         )
 
-
+# %% ../../nbs/35_studies.ipynb #5aef9b9f
 @patch
 def results_of(
     self: Study,
@@ -229,7 +229,7 @@ def split_names(
         )
     return [str(name) for name in names]
 
-
+# %% ../../nbs/35_studies.ipynb #7f934d13
 def pick_methods(
     methods: str | list[str],  # keys of `METHODS` in a list or a string, or "all"
     architecture: str,  # its name, as in `build_network`
@@ -261,7 +261,7 @@ def base_config(
     tasks = None if tasks is None else check_number("tasks", tasks, 1, len(dataset.groups()))
     return published(dataset.name, "STL", tasks=tasks, seed=check_number("seed", seed, 0), **settings)
 
-
+# %% ../../nbs/35_studies.ipynb #ba097160
 def make_folder(
     folder: Path,
     what: str = "output_dir",  # the parameter that names it
@@ -273,7 +273,7 @@ def make_folder(
         raise BadInput(f"Output folder '{folder}' cannot be made ({e}). Choose another {what}.") from e
     return folder
 
-
+# %% ../../nbs/35_studies.ipynb #8e1210d9
 def check_places(
     dataset: DataSet,
     data_dir: str | None,  # where the user's images are; None: download, or drawn by the package
@@ -342,7 +342,7 @@ def _lifelong_dataset(name: str, data_dir: str | None, size: int | None) -> Data
         raise BadInput("Parameter 'data_dir' must name the folder of your own images: <data_dir>/<task>/<class>/<image>.")
     return own_dataset(data_dir, 64 if size is None else size)[0]
 
-
+# %% ../../nbs/35_studies.ipynb #72ca5646
 @delegates(Engine)
 def lifelong_study(
     dataset: str = "shapes",  # a key of `datasets.DATASETS`
@@ -456,14 +456,14 @@ def notebook_parameters(
                 )
     return given
 
-
+# %% ../../nbs/35_studies.ipynb #ab8bc770
 def _leave_nbs() -> None:
     "Go on in the folder of the clone, if this is its folder of notebooks."
     here = Path.cwd()
     if here.name == "nbs" and (here.parent / "dfcnn").is_dir():
         os.chdir(here.parent)
 
-
+# %% ../../nbs/35_studies.ipynb #e42cead7
 def _show_refusal(shell: Any, kind: type, e: BadInput, trace: Any, tb_offset: int | None = None) -> list[str]:
     "Show an error as its message alone; what is returned is what papermill repeats."
     lines = [f"\033[31m{kind.__name__}\033[0m: {e}"]

@@ -54,7 +54,7 @@ class Rule:
         "The verdict on the mean over trials."
         return self.judge(*mean_ci(values))
 
-
+# %% ../../nbs/38_verdicts.ipynb #ca114cec
 def above(bound: float) -> Rule:
     "More than `bound`."
     return Rule(low=bound)
@@ -91,12 +91,11 @@ def studies(
     )
     return sorted((sorted(g.values(), key=order) for g in groups.values()), key=size, reverse=True)
 
-
+# %% ../../nbs/38_verdicts.ipynb #c480248d
 def variant(config: RunConfig) -> str:
     "The settings in which a run differs from the published ones, in words; empty where there are none. A longer schedule is not the paper's."
     longer = dict(epochs=config.epochs) if config.epochs > TRAINING[config.data.architecture].epochs else {}
     return ", ".join(f"{k} {v}" for k, v in (longer | config.changed).items())
-
 
 # %% ../../nbs/38_verdicts.ipynb #19052144
 @dataclass(frozen=True)
@@ -115,7 +114,7 @@ def schedule_of(record: Record) -> str:
     every = record.config.own_score_every
     return record.config.length + f", scored every {every}" * (every > 1)
 
-
+# %% ../../nbs/38_verdicts.ipynb #7f8f21c7
 def doubts(values: Sequence[float], study: Sequence[Record]) -> list[str]:
     "Why some numbers decide nothing, whatever they are."
     reasons = {"short run": study[0].config.short, "one trial": len(values) == 1}
@@ -141,7 +140,7 @@ NOT_RUN = dict(
     records="",
 )
 
-
+# %% ../../nbs/38_verdicts.ipynb #ad9e95f7
 @dataclass(frozen=True)
 class Evidence:
     "One number of each trial, and the range that is claimed for it."
@@ -219,7 +218,7 @@ def why_not(self: Evidence, groups: Sequence[Sequence[Record]]) -> str:
         return PARTS
     return APART if self.one_machine else LENGTH if self.full_length else NONE
 
-
+# %% ../../nbs/38_verdicts.ipynb #c75c1874
 @patch
 def find(
     self: Evidence,
@@ -250,7 +249,7 @@ def single(dataset: str, metric: Metric, method: str, rule: Rule, **about: bool)
     "A metric of one method."
     return Evidence(dataset, (method,), metric.title, title_of(method), metric.of, rule, **about)
 
-
+# %% ../../nbs/38_verdicts.ipynb #5b080585
 def difference(
     dataset: str, metric: Metric, method: str, other: str, rule: Rule, **about: bool
 ) -> Evidence:

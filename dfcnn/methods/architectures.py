@@ -81,6 +81,8 @@ _home = Architecture(
     hidden=(256, 64),
     outputs=13,
 )
+
+# %% ../../nbs/10_architectures.ipynb #a087d469
 _reduced = dict(channels=(24, 24, 48, 48), hidden=(32,))
 ARCHITECTURES = {
     a.name: a

@@ -181,7 +181,7 @@ def check_classes(
             f"Task {task + 1} of this {type(self).__name__} has {self.outputs[task]} classes, not {classes}."
         )
 
-
+# %% ../../nbs/11_base.ipynb #1f3ac63d
 @patch
 def add_task(self: LifelongNetwork, classes: int | None = None) -> None:  # None: the architecture's number
     "Make ready for one more task, on the device where the rest is."
@@ -197,7 +197,7 @@ def add_task(self: LifelongNetwork, classes: int | None = None) -> None:  # None
         )
     self.append_task(own)
 
-
+# %% ../../nbs/11_base.ipynb #9d36fa11
 @patch
 def append_task(self: LifelongNetwork, own: nn.Module) -> None:
     "Take in what a task owns, and note its number of classes where that is not the architecture's."
@@ -216,7 +216,7 @@ def shared(self: LifelongNetwork) -> list[nn.Parameter]:
     others = (part.parameters() for name, part in self.named_children() if name != "tasks")  # tasks may be many
     return list(dict.fromkeys(chain(self.parameters(recurse=False), *others)))
 
-
+# %% ../../nbs/11_base.ipynb #0b5e8b40
 @patch
 def trains(self: LifelongNetwork, task: int) -> list[nn.Parameter]:
     "The parameters that training `task` may change: the shared ones and its own."
@@ -234,7 +234,7 @@ def uses(self: LifelongNetwork, task: int) -> list[nn.Parameter]:
     "The parameters that the predictions for `task` depend on."
     return self.shared() + list(self.tasks[task].parameters())
 
-
+# %% ../../nbs/11_base.ipynb #498df566
 @patch
 def callbacks(self: LifelongNetwork) -> list:
     "fastai callbacks with which this network takes part in its training."
@@ -249,7 +249,7 @@ def tasks_in(state: dict) -> int:
         raise BadInput(f"The state says that it has {n:,} tasks, but it holds parameters of {held}. It is damaged, or of another network.")
     return n
 
-
+# %% ../../nbs/11_base.ipynb #bc28736a
 @patch
 def outputs_in(
     self: LifelongNetwork,
@@ -271,7 +271,7 @@ def make_room(
     for task in range(len(self.tasks), tasks_in(state)):
         self.add_task(self.outputs_in(state, task))
 
-
+# %% ../../nbs/11_base.ipynb #61787c37
 def before_loading(network: LifelongNetwork, state: dict, prefix: str, *_) -> None:
     "Let a network make room for its part of a state dict, whose names there begin with `prefix`."
     if f"{prefix}n_tasks" in state:  # else torch says what is missing
@@ -279,14 +279,12 @@ def before_loading(network: LifelongNetwork, state: dict, prefix: str, *_) -> No
         network.make_room(own)
         state.update({prefix + k: v for k, v in own.items()})
 
-
 # %% ../../nbs/11_base.ipynb #7ba100a6
 def count_parameters(network: nn.Module) -> int:
     "Number of trainable values."
     return sum(p.numel() for p in network.parameters())
 
-
+# %% ../../nbs/11_base.ipynb #a8d4ed07
 def tensors_of(network: nn.Module) -> dict[str, torch.Tensor]:
     "Parameters and buffers by name."
     return {**dict(network.named_parameters()), **dict(network.named_buffers())}
-

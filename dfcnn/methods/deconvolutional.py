@@ -26,7 +26,7 @@ class Sizes:
     kb: tuple[tuple[int, ...], ...]  # (ĥ, ĉ) of each knowledge base; (ĥ, d, ĉ) for tc2
     c: tuple[int | None, ...]  # channels between deconvolution and contraction; None for direct
 
-
+# %% ../../nbs/13_deconvolutional.ipynb #0c49071d
 def scaled(
     sizes: Sizes,  # of `TwoStage`
     factor: float,
@@ -35,7 +35,7 @@ def scaled(
     kb = tuple((h, round(factor * c)) for h, c in sizes.kb)
     return Sizes(kb, tuple(round(factor * c) for c in sizes.c))
 
-
+# %% ../../nbs/13_deconvolutional.ipynb #3273e5b2
 _cifar = Sizes(((2, 16), (2, 24), (2, 32), (2, 36)), (24, 48, 64, 72))
 _cifar_direct = Sizes(((2, 24), (2, 48), (2, 64), (2, 72)), (None,) * 4)
 _cifar_tc2 = Sizes(((2, 2, 12), (2, 12, 12), (2, 12, 24), (2, 24, 24)), (24, 24, 48, 48))
@@ -110,7 +110,7 @@ class DFCNN(LifelongNetwork):
         "Algorithm 1, `reconstruct NN from shared KB`."
         return [generate(kb) for generate, kb in zip(self.tasks[task].generators, self.kb)]
 
-
+# %% ../../nbs/13_deconvolutional.ipynb #a2857a68
 class DFCNNDirect(DFCNN):
     "The ablation without tensor contraction (App. A, a)."
 

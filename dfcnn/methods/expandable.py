@@ -84,7 +84,7 @@ def units(
         return self.arch.input[0]
     return sum(len(generation[layer].b) for generation in self.grown[:stamp])
 
-
+# %% ../../nbs/17_expandable.ipynb #f968c709
 @patch
 def weights(self: DEN, layer: int, stamp: int | None = None) -> torch.Tensor:  # (units, channels below, k, k)
     "The filters of a layer in the first `stamp` generations; None: in all."
@@ -93,7 +93,7 @@ def weights(self: DEN, layer: int, stamp: int | None = None) -> torch.Tensor:  #
         W = append(W, generation[layer])
     return W
 
-
+# %% ../../nbs/17_expandable.ipynb #855fad53
 @patch
 def filters(self: DEN, task: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
     "The filters of the task's time."
@@ -115,7 +115,7 @@ def new_head(
     channels = (*arch.channels[:-1], self.units(len(arch.channels) - 1, stamp))
     return Head(replace(arch, channels=channels), generator)
 
-
+# %% ../../nbs/17_expandable.ipynb #19c77cfe
 @patch
 def new_task(self: DEN, generator: torch.Generator) -> nn.Module:
     "Its head, and its time."
@@ -157,7 +157,7 @@ def blocks(self: DEN, layer: int) -> Iterator[tuple[nn.Parameter, tuple[slice, s
         yield new.into, (slice(0, older[0]), slice(older[1], columns))
         yield new.W, (slice(older[0], rows), slice(0, columns))
 
-
+# %% ../../nbs/17_expandable.ipynb #91aa0483
 @patch
 def by_generation(
     self: DEN,
@@ -254,7 +254,7 @@ def drifted(self: DEN, layer: int) -> torch.Tensor:
     most = drift.argsort(descending=True, stable=True)[: self.growth.units]
     return most[drift[most] > self.growth.split].sort().values
 
-
+# %% ../../nbs/17_expandable.ipynb #61b591c2
 @patch
 def put_back(
     self: DEN,
@@ -300,7 +300,7 @@ def split(self: DEN, generator: torch.Generator) -> list[torch.Tensor]:  # the u
     W[:, picked[-1]] = 0
     return picked
 
-
+# %% ../../nbs/17_expandable.ipynb #f8625eb0
 @patch
 def read_copies(
     self: DEN,
@@ -352,7 +352,7 @@ def trains(self: DEN, task: int) -> list[nn.Parameter]:
     masks = {p: self.selected(p) for p in self.grown.parameters()}
     return head + [p for p, m in masks.items() if p.numel() and (m is None or m.any())]
 
-
+# %% ../../nbs/17_expandable.ipynb #aaa17e34
 @patch
 def uses(self: DEN, task: int) -> list[nn.Parameter]:
     "The units of the task's time and its head."
@@ -392,7 +392,7 @@ def before_batch(self: GrowthStages):
         self.at += 1
         self.enter(STAGES[self.at])
 
-
+# %% ../../nbs/17_expandable.ipynb #91e87a4a
 @patch
 def images_in_loss(self: GrowthStages) -> int:
     "How many images the loss sums over: those of the mini-batch, or one where it is their mean."
@@ -404,7 +404,7 @@ def after_loss(self: GrowthStages):
     if self.training:
         self.losses.append(self.loss.detach() / self.images_in_loss())
 
-
+# %% ../../nbs/17_expandable.ipynb #fc18cca8
 @patch
 def enter(self: GrowthStages, stage: str):
     "Begin a stage as a new phase of training, or leave out an expansion that is not needed."
@@ -439,7 +439,7 @@ def shrink(
     new.W.mul_(left[:, None, None, None])
     new.b.mul_(left)
 
-
+# %% ../../nbs/17_expandable.ipynb #bca3300c
 @patch
 @torch.no_grad()
 def after_step(self: GrowthStages):
@@ -476,7 +476,7 @@ def state_dict(self: DEN, *args, prefix: str = "", **kwargs) -> dict:
         state.update({f"{prefix}{what}.{names[p]}": v for p, v in entries.items() if p in names})
     return state
 
-
+# %% ../../nbs/17_expandable.ipynb #2f338025
 @patch
 def make_room(self: DEN, state: dict) -> None:
     "Grow to the generations and tasks that a state dict has, and take its stage, old values and masks."

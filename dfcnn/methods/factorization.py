@@ -23,7 +23,7 @@ def deconvolve(
     padding = V.shape[-2] // 2, V.shape[-1] // 2  # one on each side where p = 3
     return F.conv_transpose2d(kb[None], V, bias, stride=2, padding=padding)[0]
 
-
+# %% ../../nbs/12_factorization.ipynb #518ef715
 def kernel_of(side: int) -> int:
     "Side h of the filters that a knowledge base of side ĥ gives."
     return 2 * (side - 1) + 1
@@ -49,7 +49,7 @@ def glorot_bound(*shape: int) -> float:
         field *= n
     return (6 / (field * (shape[-2] + shape[-1]))) ** 0.5
 
-
+# %% ../../nbs/12_factorization.ipynb #0a0f736d
 def glorot(
     shape: tuple[int, ...],  # torch's shape of the parameter
     tf_shape: tuple[int, ...],  # the same parameter's shape in TensorFlow, which sets the bound
@@ -59,7 +59,7 @@ def glorot(
     bound = glorot_bound(*tf_shape)
     return nn.Parameter(torch.empty(shape).uniform_(-bound, bound, generator=generator))
 
-
+# %% ../../nbs/12_factorization.ipynb #b25456be
 def glorot_bias(
     n: int,
     generator: torch.Generator,  # that initial values are drawn from
@@ -76,7 +76,7 @@ def new_knowledge_base(
     *depth, c, h, w = shape
     return glorot(shape, (*(depth or [1]), h, w, c), generator)
 
-
+# %% ../../nbs/12_factorization.ipynb #ee80d183
 class TwoStage(nn.Module):
     "DF-CNN: deconvolution, then tensor contraction (Eqs. 1 and 2)."
 

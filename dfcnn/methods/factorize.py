@@ -80,14 +80,14 @@ def fits(
         return fnmatchcase(name, key) or fnmatchcase(name, f"{key}.*")
     return isinstance(module, key)
 
-
+# %% ../../nbs/18_factorize.ipynb #90565116
 def layers_with_tensors(net: nn.Module) -> dict[str, nn.Module]:
     "The convolutions, and all layers that hold parameters or buffers themselves, by name."
     tensors = lambda m: (*m._parameters.values(), *m._buffers.values())
     holds = lambda m: isinstance(m, _ConvNd) or any(v is not None for v in tensors(m))  # a convolution's may be computed
     return {name: m for name, m in net.named_modules() if holds(m)}
 
-
+# %% ../../nbs/18_factorize.ipynb #42ec23a3
 def roles_of(
     net: nn.Module,
     targets: type | tuple[type, ...],  # layers that are factorized where no rule fits
@@ -127,7 +127,7 @@ def check_convolution(name: str, module: nn.Module) -> None:
             f" 2n - 1, which is odd. {leave}"
         )
 
-
+# %% ../../nbs/18_factorize.ipynb #992178d7
 def check_left_alone(name: str, module: nn.Module, meant: bool) -> None:
     "Refuse a convolution of another kind that nobody has mentioned."
     if isinstance(module, _ConvNd) and not isinstance(module, nn.Conv2d) and not meant:
@@ -136,7 +136,7 @@ def check_left_alone(name: str, module: nn.Module, meant: bool) -> None:
             f" of it with layers={{'{name}': 'own'}}, or 'shared'."
         )
 
-
+# %% ../../nbs/18_factorize.ipynb #f808b46e
 def held_apart(value: Any, seen: frozenset = frozenset()) -> str:  # "" where there is nothing of the kind
     "What an attribute of a layer holds that no copy reaches: layers or tensors of a function, and parameters in a list."
     if id(value) in seen:
@@ -157,7 +157,7 @@ def held_apart(value: Any, seen: frozenset = frozenset()) -> str:  # "" where th
     known = [*cells, *(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()]
     return "a function with layers or tensors of its own" if any(isinstance(v, (nn.Module, torch.Tensor)) for v in known) else inside(known)
 
-
+# %% ../../nbs/18_factorize.ipynb #dad861ae
 def check_network(net: nn.Module) -> None:
     "Refuse a network that cannot be taken apart."
     if not isinstance(net, nn.Module):
@@ -189,7 +189,7 @@ def check_network(net: nn.Module) -> None:
             )
         known[id(p)] = name
 
-
+# %% ../../nbs/18_factorize.ipynb #9b951612
 def head_layer(
     net: nn.Module,  # the plain network
     head: str,  # name of the layer whose outputs are the classes
@@ -233,7 +233,7 @@ class Plan:
     layers: list[Layer]  # that are factorized, with their sizes
     relative: float  # values that a task owns without its head, relative to the plain network without its head
 
-
+# %% ../../nbs/18_factorize.ipynb #a5212fc4
 def plan_for(
     net: nn.Module,
     targets: type | tuple[type, ...] = nn.Conv2d,  # types of the layers that are factorized
@@ -259,7 +259,7 @@ def plan_for(
     sized = given_sizes(found, sizes) if sizes else sizes_within_budget(found, budget, count("own"), count(None))
     return Plan(head, roles, sized, (count("own") + sum(l.own for l in sized)) / count(None))
 
-
+# %% ../../nbs/18_factorize.ipynb #d49145d8
 def layer_of(
     name: str,  # of the layer in the plain network
     conv: nn.Conv2d,  # the layer
@@ -285,7 +285,7 @@ def given_sizes(
     checked = {name: [check_number(f"sizes['{name}']", n, 1, 10**6) for n in both] for name, both in sizes.items()}
     return [replace(layer, kb=checked[layer.name][0], c=checked[layer.name][1]) for layer in layers]
 
-
+# %% ../../nbs/18_factorize.ipynb #7b1f2207
 def sizes_within_budget(
     layers: Sequence[Layer],  # that are factorized
     budget: float,  # values that a task may own, relative to the plain network
@@ -314,7 +314,7 @@ def emptied(net: nn.Module) -> nn.Module:
             values.update(dict.fromkeys(values))
     return form
 
-
+# %% ../../nbs/18_factorize.ipynb #a23dc637
 class Tensors(nn.Module):
     "Parameters and buffers under the names that they have in a plain network."
 
@@ -342,17 +342,17 @@ class Form:
     input: tuple[int, int, int] | None  # channels, height, width; None where nobody has said it
     outputs: int
 
-
+# %% ../../nbs/18_factorize.ipynb #b4063475
 def forget_counters(network: FactorizedNetwork, keys) -> None:
     "The form has no values. Where a state does not say its layers' versions, torch invents counters for normalizations there."
     invented = lambda k: ".form." in f".{k}" and k.endswith("num_batches_tracked")
     keys.unexpected_keys[:] = [k for k in keys.unexpected_keys if not invented(k)]
 
-
+# %% ../../nbs/18_factorize.ipynb #54a8b642
 class FactorizedNetwork(LifelongNetwork):
     "A CNN for many tasks, whose filters each task generates from knowledge bases that all share."
 
-    elsewhere = False  # was a state loaded that began from other weights?
+    start = bytes(8)  # a checksum of what new tasks start from
     may_rest = True  # a bias, or the scale of filters, has no effect before a normalization
 
     def __init__(
@@ -379,7 +379,7 @@ class FactorizedNetwork(LifelongNetwork):
         self.given = copy.deepcopy(own)
         self.shapes = {k: t.shape for k, t in tensors.items()}
         self.plain_parameters = count_parameters(net)
-        self.register_buffer("origin", torch.zeros(8, dtype=torch.uint8, device=head.weight.device))
+        self.register_buffer("origin", torch.zeros(8, dtype=torch.uint8, device=head.weight.device))  # what the tasks that are there started from
         self.form, self.lock = emptied(net).train(), RLock()
         if check_choice("init", init, ["filters", "random"]) == "filters" and not head.weight.is_meta:
             self.start_from_filters(net)
@@ -407,7 +407,7 @@ def add_task(
     if not isinstance(name, str) or not name or name in self.names:
         there = f" There are: {', '.join(self.names)}." if self.names else ""
         raise BadInput(f"A task needs a name of its own, but it is {brief(name)}.{there}")
-    if self.elsewhere:
+    if not self.origin.is_meta and bytes(self.origin.tolist()) != self.start:
         raise BadInput(
             "The state that was loaded comes from a network that was factorized from other weights than this one, and a new task"
             " would start from the wrong ones. Call `factorize` on the same network, with its weights, before you load the state."
@@ -420,7 +420,7 @@ def add_task(
     self.append_task(own)
     self.names.append(name)
 
-
+# %% ../../nbs/18_factorize.ipynb #de35ea38
 @patch
 def new_task(self: FactorizedNetwork, generator: torch.Generator) -> nn.ModuleDict:
     "What the next task owns: V and U of each layer, a new head, and the rest as it was given."
@@ -432,7 +432,7 @@ def new_task(self: FactorizedNetwork, generator: torch.Generator) -> nn.ModuleDi
     named = {f"{self.plan.head}.{k}": p for k, p in head.named_parameters()}
     return nn.ModuleDict(dict(generators=generators, own=Tensors({**self.given, **named})))
 
-
+# %% ../../nbs/18_factorize.ipynb #c180f424
 @patch
 def make_head(self: FactorizedNetwork, classes: int) -> nn.Module:
     "A head as it was given, with so many outputs and new values."
@@ -444,7 +444,7 @@ def make_head(self: FactorizedNetwork, classes: int) -> nn.Module:
     head.reset_parameters()
     return head
 
-
+# %% ../../nbs/18_factorize.ipynb #6f9f7d8b
 @patch
 def make_room(self: FactorizedNetwork, state: dict) -> None:
     "Add the tasks that a state dict holds. Raises `BadInput` where it holds fewer, or where tasks of both have other names or numbers of classes."
@@ -453,10 +453,10 @@ def make_room(self: FactorizedNetwork, state: dict) -> None:
         raise BadInput(f"The state holds the tasks {', '.join(names) or '(none)'}, but the network has {', '.join(self.names)}.")
     for t in range(len(self.tasks)):
         self.check_classes(t, int(state[f"tasks.{t}.classes"]))
+    self.set_origin(self.start)  # tasks may be added, since the state brings their values
     for t in range(len(self.tasks), len(names)):
         self.add_task(names[t], int(state[f"tasks.{t}.classes"]))
-    mine = self.origin.clone()
-    self.elsewhere = not torch.equal(state.setdefault("origin", mine).to(mine.device), mine)
+    state.setdefault("origin", self.origin.clone())
 
 # %% ../../nbs/18_factorize.ipynb #0f623bad
 @patch
@@ -472,7 +472,14 @@ def note_origin(
     for name, value in values.items():
         h.update(name.encode())
         h.update(value.detach().cpu().double().contiguous().numpy().tobytes())
-    self.origin.copy_(torch.frombuffer(bytearray(h.digest()[:8]), dtype=torch.uint8))
+    self.start = h.digest()[:8]
+    self.set_origin(self.start)
+
+
+@patch
+def set_origin(self: FactorizedNetwork, start: bytes) -> None:
+    "Note what the tasks that are there started from."
+    self.origin.copy_(torch.frombuffer(bytearray(start), dtype=torch.uint8))
 
 
 # %% ../../nbs/18_factorize.ipynb #88aa20b8
@@ -480,7 +487,7 @@ def uncast(device: torch.device):
     "A context in which mixed precision is off."
     return torch.autocast(device.type, enabled=False) if device.type in ("cpu", "cuda", "mps") else nullcontext()
 
-
+# %% ../../nbs/18_factorize.ipynb #c0bf0621
 @patch
 def index_of(self: FactorizedNetwork, task: int | str) -> int:
     "The place of a task that is given by its name or its place."
@@ -494,7 +501,7 @@ def index_of(self: FactorizedNetwork, task: int | str) -> int:
         raise BadInput(f"There is no task {place}: the network has {len(self.tasks)}. Add one with `add_task`.")
     return place
 
-
+# %% ../../nbs/18_factorize.ipynb #3d3744d6
 @patch
 def filters(self: FactorizedNetwork, task: int | str) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
     "Filters and bias of each factorized layer."
@@ -512,7 +519,7 @@ def tensors(self: FactorizedNetwork, task: int) -> dict[str, torch.Tensor]:
             made[f"{layer.name}.bias"] = bias
     return {**tensors_of(self.common), **tensors_of(self.tasks[task].own), **made}
 
-
+# %% ../../nbs/18_factorize.ipynb #f0ce9c1a
 @patch
 def classifier(self: FactorizedNetwork, task: int | str) -> Callable[[torch.Tensor], torch.Tensor]:
     "The network of a task as it is now: images (n, channels, height, width) to logits. Its filters are generated here, once."
@@ -524,7 +531,7 @@ def classifier(self: FactorizedNetwork, task: int | str) -> Callable[[torch.Tens
 
     return logits
 
-
+# %% ../../nbs/18_factorize.ipynb #e39087c4
 @patch
 def forward(
     self: FactorizedNetwork,
@@ -540,7 +547,7 @@ def forward(
     with self.lock, put_back(self.form, lent):
         return functional_call(self.form, lent, (x,))
 
-
+# %% ../../nbs/18_factorize.ipynb #8df028cb
 @contextmanager
 def put_back(form: nn.Module, lent: dict[str, torch.Tensor]):
     "A context in which buffers that `form` replaces in its forward pass, and does not change in place, keep their new values."
@@ -557,7 +564,7 @@ def put_back(form: nn.Module, lent: dict[str, torch.Tensor]):
     finally:
         hook.remove()
 
-
+# %% ../../nbs/18_factorize.ipynb #45e8eaa1
 @patch
 def forward_each(
     self: FactorizedNetwork,
@@ -576,7 +583,7 @@ def forward_each(
         parts.append(nn.functional.pad(logits, (0, spare), value=-torch.inf))
     return torch.cat(parts)[torch.cat(places).argsort()]
 
-
+# %% ../../nbs/18_factorize.ipynb #630dc7c8
 @patch
 def head_of(self: FactorizedNetwork, task: int) -> nn.Module:
     "The tensors of a task's head."
@@ -590,7 +597,7 @@ def deconvolution_matrix(kb: torch.Tensor, p: torch.Size) -> torch.Tensor:  # (h
     rows = deconvolve(kb, one_by_one).flatten(1)
     return torch.cat([rows, torch.ones_like(rows[:1])]).T
 
-
+# %% ../../nbs/18_factorize.ipynb #3fa64a0a
 def best_transform(
     kb: torch.Tensor,  # knowledge base (ĉ, ĥ, ŵ)
     p: torch.Size,  # sides of the deconvolution filter
@@ -605,7 +612,7 @@ def best_transform(
     D = basis @ directions[:, power.argsort(descending=True)[:c]]
     return torch.linalg.pinv(A) @ D, D.T @ M, M - D @ (D.T @ M)
 
-
+# %% ../../nbs/18_factorize.ipynb #6d5205ce
 def best_knowledge_base(
     shape: torch.Size,  # (ĉ, ĥ, ŵ)
     p: torch.Size,  # sides of the deconvolution filter
@@ -764,7 +771,7 @@ class NetworkMethod(FactorizedNetwork):
         init = how.pop("init", "filters")
         super().__init__(net, plan_for(net, **how), init, seed, Form(type(net).__name__, arch.input, arch.outputs))
 
-
+# %% ../../nbs/18_factorize.ipynb #8b92a94a
 def check_images(
     net: nn.Module,
     images: tuple[int, int, int],  # channels, height, width
@@ -779,7 +786,7 @@ def check_images(
             raise
         raise BadInput(f"This {type(net).__name__} takes no images of {images}: {e}") from e
 
-
+# %% ../../nbs/18_factorize.ipynb #ea19d4b8
 class STLResNet18(NetworkMethod):
     "A ResNet-18 for every task."
 

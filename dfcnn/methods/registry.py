@@ -41,7 +41,7 @@ class Method:
     code: str = ""  # checksum of the network's source where it is not this package's
     beyond: bool = False  # is its network none of the paper's? It runs where it is named, and not by methods="all"
 
-
+# %% ../../nbs/19_registry.ipynb #c5b09ce7
 _GROWS = "DEN grows while it trains: before a run, its parameters are those that it starts with."
 _NEEDS_ALL = (
     "TF must know all tasks in advance; the paper leaves it out of the lifelong experiments because it did"
@@ -70,7 +70,7 @@ METHODS = {
 }
 _OF_THE_PACKAGE = frozenset(METHODS)  # names that nobody else may take
 
-
+# %% ../../nbs/19_registry.ipynb #f9d5c72b
 def title_of(
     method: str,  # a key of `METHODS`
 ) -> str:
@@ -83,7 +83,6 @@ def place_of(
 ) -> int:
     "The place of a method in the list; one that is not listed comes last."
     return [*METHODS, method].index(method)
-
 
 # %% ../../nbs/19_registry.ipynb #37321b09
 def build_network(
@@ -118,7 +117,7 @@ def build_shapes(
     except Exception:  # a method that looks at its values when it is built
         return build_network(method, architecture, n_tasks=n_tasks)
 
-
+# %% ../../nbs/19_registry.ipynb #3c276754
 def can_build(
     method: str,  # a key of `METHODS`
     architecture: str,  # its name, as in `build_network`
@@ -152,7 +151,7 @@ def checksum_of(network: type) -> str:
         return os.urandom(16).hex()
     return code.hexdigest() if own else ""
 
-
+# %% ../../nbs/19_registry.ipynb #128dc386
 def register(
     name: str,  # as the user types it
     network: type[LifelongNetwork],

@@ -57,7 +57,7 @@ def decompose(self: TF, tensors: list[torch.Tensor]) -> None:  # one (k, k, c_in
     "Start from the filters of all tasks."
     self.hold([tucker(tensor, self.threshold) for tensor in tensors])
 
-
+# %% ../../nbs/16_tensor_factorization.ipynb #84bf0533
 @patch
 def hold(self: TF, layers: list[tuple[torch.Tensor, list[torch.Tensor]]]) -> None:  # core and factors of each
     "Take copies as parameters; the last factor of a layer holds the row that each task starts from."
@@ -87,7 +87,7 @@ def new_task(self: TF, generator: torch.Generator) -> nn.Module:
     biases = nn.ParameterList(bias(cout) for _, cout, _ in self.arch.conv_shapes)
     return nn.ModuleDict(dict(row=self.new_row(len(self.tasks)), b=biases, head=self.new_head(generator)))
 
-
+# %% ../../nbs/16_tensor_factorization.ipynb #7e06f374
 @patch
 def filters(self: TF, task: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
     "The task's slice of each layer's tensor."

@@ -15,6 +15,7 @@ from fastprogress import progress_bar
 from ..core import LARGEST, BadInput, check_number, quiet_imports, stream_seed
 from ..data.folders import Preparation
 from .learner import Callback
+from .schedule import FitCallback
 
 with quiet_imports():
     from fastai.callback.core import CancelFitException
@@ -51,7 +52,7 @@ class FitSettings:
             object.__setattr__(self, name, check_number(name, getattr(self, name), *limits))
 
 # %% ../../nbs/28_callbacks.ipynb #990a42e3
-class StopEarly(Callback):
+class StopEarly(FitCallback):
     "End with the weights of the epoch with the smallest validation loss, and stop when it has not fallen for a while."
 
     order = 55  # after the scores, before the checkpoint
@@ -116,7 +117,7 @@ class Augment(Callback):
             random.setstate(before)
 
 # %% ../../nbs/28_callbacks.ipynb #d8ff000b
-class ShowEpochs(Callback):
+class ShowEpochs(FitCallback):
     "A bar over the epochs of a task."
 
     order = 50  # after the scores, before early stopping

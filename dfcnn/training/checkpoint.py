@@ -41,7 +41,7 @@ def snapshot(learn: TaskLearner) -> dict[str, torch.Tensor]:
             state.update({f"callback/{cb.name}/{k}": v for k, v in cb.state_dict().items()})
     return state
 
-
+# %% ../../nbs/26_checkpoint.ipynb #4d533b64
 def restore(
     learn: TaskLearner,  # as it was created for the same schedule
     state: dict[str, torch.Tensor],
@@ -117,7 +117,7 @@ def after_create(self: Checkpoint):
         restore(self.learn, state, int(about["epochs"]))
         return
 
-
+# %% ../../nbs/26_checkpoint.ipynb #40ae7eab
 @patch
 def before_fit(self: Checkpoint):
     if not self.asked:
@@ -142,7 +142,7 @@ def save(self: Checkpoint):
     os.replace(new, last)
     self.saved = time.monotonic()
 
-
+# %% ../../nbs/26_checkpoint.ipynb #db2c4fdd
 @patch
 def remove(self: Checkpoint):
     "Delete what is no longer needed."

@@ -44,7 +44,7 @@ def count_correct(
         total += torch.stack([(logits.argmax(1) == y).sum(), sum_cross_entropy(logits, y)])
     return total
 
-
+# %% ../../nbs/23_evaluation.ipynb #00e899ad
 def score(
     network: LifelongNetwork, data: Split, task: int, batch_size: int | None = None  # as in `count_correct`
 ) -> tuple[float, float]:  # accuracy (0 to 1), mean cross-entropy per image
@@ -82,7 +82,7 @@ def seconds_between(
     "Seconds between two timestamps; those of a GPU must be over."
     return end - start if isinstance(end, float) else start.elapsed_time(end) / 1000
 
-
+# %% ../../nbs/23_evaluation.ipynb #6e96a156
 class PendingScore(NamedTuple):
     "Scores that nobody has read yet."
 
@@ -108,7 +108,7 @@ HISTORY = {  # columns of the table of scores
 }
 SPLITS = ("train", "valid", "test")
 
-
+# %% ../../nbs/23_evaluation.ipynb #2bf108aa
 class Evaluate(FitCallback):
     "Score the learned tasks in place of fastai's validation, and keep the history."
 
@@ -162,7 +162,7 @@ def evaluate(
             end = start if sums is None else timestamp(self.device)
             self.unread.append(PendingScore(when, task, split, len(data.y), sums, start, end))
 
-
+# %% ../../nbs/23_evaluation.ipynb #86de0644
 @patch
 def read(self: Evaluate):
     "Wait for the device, and enter what it has measured into the history."
@@ -182,7 +182,7 @@ def read(self: Evaluate):
             self.latest[which] = means
         self.scores.append((*m.when, *which, *means, took / m.shared_by))
 
-
+# %% ../../nbs/23_evaluation.ipynb #543f306f
 @patch
 def check(
     self: Evaluate,
@@ -253,7 +253,7 @@ def after_train(self: Evaluate):
         sums = torch.stack([self.correct, *self.losses])
         self.note_training(self.seen, sums, self.start, timestamp(self.device))
 
-
+# %% ../../nbs/23_evaluation.ipynb #e803dbcb
 @patch
 def note_training(
     self: Evaluate,
@@ -278,7 +278,7 @@ def before_epoch(self: Evaluate):
             self.evaluate(self.epoch, 0, range(len(self.eval_tasks)) if schedule.together else [self.learn.task])
         self.read()
 
-
+# %% ../../nbs/23_evaluation.ipynb #97d5a2f2
 @patch
 def before_validate(self: Evaluate):
     schedule, now, task = self.schedule, self.epoch + 1, self.learn.task

@@ -46,7 +46,7 @@ def listens(
     "Does a callback define this event?"
     return event in vars(cb) or hasattr(type(cb), event) or type(cb).__call__ is not Callback.__call__
 
-
+# %% ../../nbs/24_learner.ipynb #76f91254
 class TrainEval(TrainEvalCallback):
     "fastai's, with the progress of this `fit`, which may begin in the middle of the schedule."
 
@@ -187,7 +187,7 @@ def paper_settings(
     rmsprop = partial(OptimWrapper, opt=RMSProp, scale=gradient_scale(loss, batch_size))
     return dict(loss_func=sum_cross_entropy, opt_func=rmsprop, default_cbs=False) | given
 
-
+# %% ../../nbs/24_learner.ipynb #b8b3a08b
 def task_learner(
     network: LifelongNetwork,  # is trained in place, and moved to the device
     tasks: Sequence[Task],  # by their numbers in the schedule
@@ -247,7 +247,7 @@ def lifelong_learner(
     schedule = lifelong_schedule(len(tasks), epochs, eval_every, score_every)
     return task_learner(network, tasks, schedule, lr=lr, decay=decay, batch_size=batch_size, **kwargs)
 
-
+# %% ../../nbs/24_learner.ipynb #4d27ee17
 def train(learn: TaskLearner) -> pd.DataFrame:  # the history
     "Run the schedule to its end; torch's global generators are left as they were."
     with torch.random.fork_rng(devices=drawing_gpus()):
@@ -272,7 +272,7 @@ def create_opt(self: TaskLearner) -> None:
     self.optimizers = {}
     self.task_switch.turn_to(self.task)
 
-
+# %% ../../nbs/24_learner.ipynb #b6a54625
 @patch
 def load(self: TaskLearner, file: str | Path, **kwargs) -> TaskLearner:
     "fastai's `load`. Where the network has to grow or shrink for it, a new optimizer holds what it has then."
@@ -320,7 +320,7 @@ def validation_context(
     "fastai's, without the callbacks that take part in `fit` alone."
     return ContextManagers([self.without(FitCallback), *Learner.validation_context(self, cbs, inner).default])
 
-
+# %% ../../nbs/24_learner.ipynb #4e6f5fbd
 @patch
 def validate(
     self: TaskLearner,
@@ -342,7 +342,7 @@ def lr_find(self: TaskLearner, *args, **kwargs):
             self.add_cb(Recorder())
         return Learner.lr_find(self, *args, **kwargs)
 
-
+# %% ../../nbs/24_learner.ipynb #2b3e5ae5
 @patch
 def fit_one_cycle(
     self: TaskLearner,

@@ -30,12 +30,12 @@ sum_cross_entropy.reduction = "sum"  # "none" for the time of fastai's `get_pred
 sum_cross_entropy.activation = partial(F.softmax, dim=-1)  # what `get_preds` makes of logits
 sum_cross_entropy.decodes = partial(torch.argmax, dim=-1)  # and, `with_decoded`, of probabilities
 
-
+# %% ../../nbs/20_optimizer.ipynb #850ce16b
 def gradient_scale(
     loss: str,  # "sum" or "mean"
     batch_size: int,  # images
 ) -> float:
-    "What turns the gradients of the sum into those of the `loss`, \"sum\" or \"mean\"."
+    "Factor by which gradients of the summed loss are multiplied: 1, or 1 / `batch_size` for a mean."
     return 1.0 if check_choice("loss", loss, ["sum", "mean"]) == "sum" else 1 / batch_size
 
 # %% ../../nbs/20_optimizer.ipynb #dba3f55a
@@ -61,7 +61,7 @@ def rmsprop_(
     else:
         torch._foreach_addcdiv_(params, grads, roots, -lr * scale)
 
-
+# %% ../../nbs/20_optimizer.ipynb #8355b651
 class RMSProp(Optimizer):
     "RMSProp by TensorFlow 1's rule; its state is one mean square per parameter, starting at 1."
 

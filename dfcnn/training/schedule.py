@@ -197,7 +197,7 @@ class InverseTimeDecay(FitCallback):
     def before_epoch(self):
         self.opt.set_hypers(lr=inverse_time_decay(self.initial_lr, self.lr_decay, self.epoch))
 
-
+# %% ../../nbs/21_schedule.ipynb #8d2a2ae5
 class RestartMeanSquares(FitCallback):
     "Let the optimizer's mean squares begin at 1 again with every epoch (see `20_optimizer`)."
 

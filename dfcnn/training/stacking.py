@@ -47,7 +47,7 @@ def dropout_of(network: LifelongNetwork, task: int) -> Dropout | None:
         return None
     return head.dropout if type(getattr(head, "dropout", None)) is Dropout and hasattr(head, "W") else None
 
-
+# %% ../../nbs/27_stacking.ipynb #5a6b1e89
 class StackedTrainer:
     "The training steps of Learners that are at the same task."
 
@@ -84,7 +84,7 @@ def stack_in_place(
         o.data = part
     return whole
 
-
+# %% ../../nbs/27_stacking.ipynb #4dbf2763
 @patch
 def stack(self: StackedTrainer) -> None:
     "Stack what the steps read and change; the networks and their optimizers go on holding their slices."
@@ -156,7 +156,7 @@ def forward(
     in_dims = (0, 0, None if kept is None else 0)
     return vmap(one, in_dims)({**self.frozen, **self.moving}, x, kept)
 
-
+# %% ../../nbs/27_stacking.ipynb #bc8f52fb
 @patch
 def step(self: StackedTrainer) -> None:
     "The next step of the epoch, for all trials."
@@ -188,7 +188,7 @@ def draw(self: StackedTrainer) -> None:
             drawn = torch.rand(self.kept[:, k].shape, generator=g, device=self.device)
             torch.ge(drawn, self.dropout.p, out=self.kept[:, k])
 
-
+# %% ../../nbs/27_stacking.ipynb #f6883bc6
 @patch
 def epoch(self: StackedTrainer, start: float | torch.Event) -> None:
     "All steps of an epoch, which began at `start`."
@@ -204,7 +204,7 @@ def epoch(self: StackedTrainer, start: float | torch.Event) -> None:
         l.evaluate.note_training(self.order[:, k].numel(), sums, start, end, len(self.learners))
         l.train_iter += len(self.order)
 
-
+# %% ../../nbs/27_stacking.ipynb #a919a4ca
 @patch
 def replay(self: StackedTrainer) -> None:
     "A step on a GPU: the first ones as they are, to get memory and kernels ready; then one is captured, and replayed from there on."
@@ -277,7 +277,7 @@ def looking_on(learn: TaskLearner) -> list[str]:
     others = [cb for cb in learn.cbs if type(cb) not in (Evaluate, TrainEval)]
     return [type(cb).__name__ for cb in others if any(listens(cb, event) for event in BATCH_EVENTS)]
 
-
+# %% ../../nbs/27_stacking.ipynb #4c26c190
 def other_optimizer(learn: TaskLearner) -> bool:
     "Is it another one than RMSProp over exactly what the task trains?"
     if type(learn.opt) is not OptimWrapper or type(learn.opt.opt) is not RMSProp:
@@ -286,20 +286,20 @@ def other_optimizer(learn: TaskLearner) -> bool:
     moving = {id(p) for p in groups[0]["params"] if p.requires_grad}
     return len(groups) > 1 or set(groups[0]) != {"params", *learn.opt.opt.defaults} or moving != trained
 
-
+# %% ../../nbs/27_stacking.ipynb #beb73c9e
 def other_dropout(learn: TaskLearner) -> bool:
     "Does anything but the heads' own `Dropout` draw?"
     known = {id(dropout_of(learn.model, task)) for task in range(len(learn.model.tasks))}
     return any(isinstance(m, (Dropout, nn.modules.dropout._DropoutNd)) and id(m) not in known for m in learn.model.modules())
 
-
+# %% ../../nbs/27_stacking.ipynb #3399ec93
 def hooked(network: nn.Module) -> bool:
     "Is there a hook on any part of it?"
     kinds = "_forward_hooks _forward_pre_hooks _backward_hooks _backward_pre_hooks".split()
     of_parameters = any(p._backward_hooks or getattr(p, "_post_accumulate_grad_hooks", None) for p in network.parameters())
     return of_parameters or any(getattr(m, kind) for m in network.modules() for kind in kinds)
 
-
+# %% ../../nbs/27_stacking.ipynb #490d33e6
 def by_batch(
     learn: TaskLearner,  # at the beginning of an epoch
 ) -> str:
@@ -358,7 +358,7 @@ def simple_settings(
     "Attributes of a network, or of a part of one, that may decide what it computes, but for its seed."
     return {k: v for k, v in vars(network).items() if is_plain(v) and k not in OF_TORCH and k != "seed"}
 
-
+# %% ../../nbs/27_stacking.ipynb #8d78f8f2
 _PARTS: WeakKeyDictionary[nn.Module, tuple[int, str, bool]] = WeakKeyDictionary()
 
 
@@ -378,7 +378,7 @@ def stackable(network: LifelongNetwork) -> bool:
     "Does its forward pass depend on nothing but parameters, buffers that stay, simple settings and input?"
     return parts_of(network)[1] and not hooked(network)
 
-
+# %% ../../nbs/27_stacking.ipynb #b8f2052b
 def stacking_key(
     learn: TaskLearner,  # at the beginning of an epoch
 ) -> tuple:  # equal for Learners that can be stacked
@@ -399,7 +399,7 @@ def stacking_key(
         None if stackable(network) else id(learn),
     )
 
-
+# %% ../../nbs/27_stacking.ipynb #f870c618
 def alike(
     learners: Sequence[TaskLearner],  # that are at the beginning of an epoch
 ) -> list[list[TaskLearner]]:
@@ -423,7 +423,7 @@ class Pause(FitCallback):
     def after_epoch(self):
         self.wait(self.learn)
 
-
+# %% ../../nbs/27_stacking.ipynb #c3ed1e51
 class StackedFits:
     "Learners that `fit` side by side, one running at a time."
 
@@ -464,7 +464,7 @@ def train(self: StackedFits, learners: Sequence[TaskLearner]) -> None:
             for l in group:
                 self.go_on(l, e)
 
-
+# %% ../../nbs/27_stacking.ipynb #821c5976
 @patch
 def run(self: StackedFits) -> None:
     "Let all of them run to their ends; raise the first of their errors then."
@@ -490,7 +490,7 @@ def stand_alone(learn: TaskLearner) -> None:
         if t.untyped_storage().nbytes() > t.numel() * t.element_size():
             t.data = t.data.clone()
 
-
+# %% ../../nbs/27_stacking.ipynb #bf6423fe
 def train_together(
     learners: Sequence[TaskLearner],  # of the trials of a method
 ) -> list[pd.DataFrame]:  # the histories
