@@ -1,7 +1,8 @@
-"The application notebooks run through papermill (`nbdev_test` runs all others), and everything that is generated from a notebook is up to date with it."
+"The application notebooks run through papermill (`nbdev_test` runs all others), everything that is generated from a notebook is up to date with it, and the library notebooks read as the house asks."
 
 from __future__ import annotations
 
+import ast
 import csv
 import json
 import os
@@ -24,6 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
 NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
 APPLICATIONS = [n for n in NOTEBOOKS if n.stem in ("lifelong", "ablations", "mtl", "paper", "riddle", "any_network", "analysis")]
+LIBRARY = [n for n in NOTEBOOKS if n.stem[0].isdigit()]  # numbered: what the package is exported from
 
 
 def call(*args, cwd=ROOT, ok=True, **env) -> subprocess.CompletedProcess:
@@ -295,6 +297,16 @@ def test_without_its_tag_the_notebook_refuses_to_run(tmp_path):
 @pytest.mark.parametrize("notebook", APPLICATIONS, ids=lambda n: n.name)
 def test_parameters_are_tagged(notebook):
     assert sum("parameters" in c.metadata.get("tags", []) for c in nbformat.read(notebook, 4).cells) == 1
+
+
+@pytest.mark.parametrize("notebook", LIBRARY, ids=lambda n: n.name)
+def test_exported_code_comes_one_idea_at_a_time_after_prose(notebook):
+    cells = nbformat.read(notebook, 4).cells
+    for before, cell in zip(cells[2:], cells[3:]):  # the first exported cell imports
+        if cell.cell_type == "code" and "#| export" in cell.source:
+            assert before.cell_type == "markdown", cell.source
+            ideas = [node for node in ast.parse(cell.source).body if isinstance(node, (ast.FunctionDef, ast.ClassDef))]
+            assert len(ideas) < 2 or len(cell.source.splitlines()) <= 40, cell.source
 
 
 def test_generated_files_are_up_to_date(tmp_path):
