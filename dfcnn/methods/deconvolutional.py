@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from fastcore.basics import patch
 from torch import nn
 
 from ..core import BadInput, stream
@@ -101,14 +102,19 @@ class DFCNN(LifelongNetwork):
             new_knowledge_base(s, stream(seed, "init", "kb", l)) for l, s in enumerate(shapes)
         )
 
-    def new_task(self, generator: torch.Generator) -> nn.Module:
-        layers = zip(self.sizes.kb, self.sizes.c, self.arch.conv_shapes)
-        generators = nn.ModuleList(self.generator(kb, c, cin, cout, generator) for kb, c, (cin, cout, _) in layers)
-        return nn.ModuleDict(dict(generators=generators, head=self.new_head(generator)))
+# %% ../../nbs/13_deconvolutional.ipynb #c0de1302
+@patch
+def new_task(self: DFCNN, generator: torch.Generator) -> nn.Module:
+    "What the next task owns: a generator for each layer, and its fully connected layers."
+    layers = zip(self.sizes.kb, self.sizes.c, self.arch.conv_shapes)
+    generators = nn.ModuleList(self.generator(kb, c, cin, cout, generator) for kb, c, (cin, cout, _) in layers)
+    return nn.ModuleDict(dict(generators=generators, head=self.new_head(generator)))
 
-    def filters(self, task: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        "Algorithm 1, `reconstruct NN from shared KB`."
-        return [generate(kb) for generate, kb in zip(self.tasks[task].generators, self.kb)]
+# %% ../../nbs/13_deconvolutional.ipynb #c0de1304
+@patch
+def filters(self: DFCNN, task: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    "Algorithm 1, `reconstruct NN from shared KB`."
+    return [generate(kb) for generate, kb in zip(self.tasks[task].generators, self.kb)]
 
 # %% ../../nbs/13_deconvolutional.ipynb #a2857a68
 class DFCNNDirect(DFCNN):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from torch import nn
 
 from .base import Convolutions, LifelongNetwork, bias, conv_block, weight
@@ -56,32 +57,6 @@ class ProgNN(LifelongNetwork):
         "A column's own filters, without what comes through its adapters."
         return self.tasks[task].conv()
 
-    def features(
-        self,
-        x: torch.Tensor,  # images (batch, channels, height, width)
-        task: int,  # a column's place
-    ) -> torch.Tensor:
-        "What the convolutions of column `task` make of `x`, layer by layer, each layer in all columns up to it."
-        filters, h = [self.filters(t) for t in range(task + 1)], [x] * (task + 1)
-        for layer, pool in enumerate(self.arch.pools):
-            last = layer == len(self.arch.pools) - 1  # which nobody reads in the earlier columns
-            h = [
-                conv_block(h[t], *filters[t][layer], pool, self.lateral(h[:t], t, layer))
-                for t in (range(task, task + 1) if last else range(task + 1))
-            ]
-        return h[-1]
-
-    def lateral(
-        self,
-        h: list[torch.Tensor],  # inputs to the layer in the earlier columns, (batch, cin, height, width) each
-        t: int,  # the column's place
-        layer: int,  # its number, from 0; the first has no adapters
-    ) -> torch.Tensor | None:
-        "Sum of what the adapters of column `t` make of the earlier columns' inputs `h` to this layer."
-        if layer == 0 or t == 0:
-            return None
-        return sum(adapt(earlier) for adapt, earlier in zip(self.tasks[t].adapters[layer - 1], h))
-
     def forward(self, x: torch.Tensor, task: int) -> torch.Tensor:
         return self.head_of(task)(self.features(x, task))
 
@@ -92,3 +67,33 @@ class ProgNN(LifelongNetwork):
     def uses(self, task: int) -> list[nn.Parameter]:
         "A column sees all columns before it."
         return [p for t in range(task + 1) for p in self.tasks[t].parameters()]
+
+# %% ../../nbs/15_progressive.ipynb #c0de1502
+@patch
+def lateral(
+    self: ProgNN,
+    h: list[torch.Tensor],  # inputs to the layer in the earlier columns, (batch, cin, height, width) each
+    t: int,  # the column's place
+    layer: int,  # its number, from 0; the first has no adapters
+) -> torch.Tensor | None:
+    "Sum of what the adapters of column `t` make of the earlier columns' inputs `h` to this layer."
+    if layer == 0 or t == 0:
+        return None
+    return sum(adapt(earlier) for adapt, earlier in zip(self.tasks[t].adapters[layer - 1], h))
+
+# %% ../../nbs/15_progressive.ipynb #c0de1504
+@patch
+def features(
+    self: ProgNN,
+    x: torch.Tensor,  # images (batch, channels, height, width)
+    task: int,  # a column's place
+) -> torch.Tensor:
+    "What the convolutions of column `task` make of `x`, layer by layer, each layer in all columns up to it."
+    filters, h = [self.filters(t) for t in range(task + 1)], [x] * (task + 1)
+    for layer, pool in enumerate(self.arch.pools):
+        last = layer == len(self.arch.pools) - 1  # which nobody reads in the earlier columns
+        h = [
+            conv_block(h[t], *filters[t][layer], pool, self.lateral(h[:t], t, layer))
+            for t in (range(task, task + 1) if last else range(task + 1))
+        ]
+    return h[-1]

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Iterable
 
 import torch
+from fastcore.basics import patch
 
 from ..core import quiet_imports
 from ..methods.base import tensors_of
@@ -32,39 +33,40 @@ class Audit(Callback):
     def refuse(self, what: str, names: Iterable[str]):
         raise AssertionError(f"Task {self.learn.task + 1} {what} {sorted(names)} against the contract.")
 
-    def before_phase(self):
-        task = self.learn.task
-        self.before = {k: v.detach().clone() for k, v in tensors_of(self.model).items()}
-        foreign = lambda k: k.startswith("tasks.") and not k.startswith(f"tasks.{task}.")
-        still = {k for k in self.last if task != self.last_task or foreign(k)} - {"n_tasks", "stamps"}
-        between = {k for k in still if k not in self.before or not torch.equal(self.last[k], self.before[k])}
-        if between:
-            self.refuse("altered, before it was trained,", between)
-        self.trained = False
-        trains = {id(p) for p in self.model.trains(task)}
-        self.allowed = {
-            k: self.model.selected(p) for k, p in self.model.named_parameters() if id(p) in trains
-        }
-
-        if any(map(foreign, self.allowed)):
-            self.refuse("wants to train", filter(foreign, self.allowed))
-
     def after_train(self):
         self.trained = True
 
-    def after_phase(self):
-        after = tensors_of(self.model)
-        self.last, self.last_task = {k: v.detach().clone() for k, v in after.items()}, self.learn.task
-        moved = {k: v != after[k] for k, v in self.before.items()}
-        changed = {k for k, m in moved.items() if m.any()}
-        own = {k for k, _ in self.model.named_buffers() if k.startswith(f"tasks.{self.learn.task}.")}  # statistics
-        changed -= own
-        partly = {k: m for k, m in self.allowed.items() if m is not None}
-        beyond = {
-            k for k in changed if k not in self.allowed or k in partly and (moved[k] & ~partly[k]).any()
-        }
-        if beyond:
-            self.refuse("changed", beyond)
-        if self.trained and changed != set(self.allowed) and not self.model.may_rest:
-            self.refuse("may train, but left as they were,", set(self.allowed) - changed)
-        self.changed.append(changed)
+# %% ../../nbs/25_audit.ipynb #c0de2502
+@patch
+def before_phase(self: Audit):
+    "Compare with the end of the phase before, and note the state and what may change."
+    task = self.learn.task
+    self.before = {k: v.detach().clone() for k, v in tensors_of(self.model).items()}
+    foreign = lambda k: k.startswith("tasks.") and not k.startswith(f"tasks.{task}.")
+    still = {k for k in self.last if task != self.last_task or foreign(k)} - {"n_tasks", "stamps"}
+    between = {k for k in still if k not in self.before or not torch.equal(self.last[k], self.before[k])}
+    if between:
+        self.refuse("altered, before it was trained,", between)
+    self.trained = False
+    trains = {id(p) for p in self.model.trains(task)}
+    self.allowed = {k: self.model.selected(p) for k, p in self.model.named_parameters() if id(p) in trains}
+    if any(map(foreign, self.allowed)):
+        self.refuse("wants to train", filter(foreign, self.allowed))
+
+# %% ../../nbs/25_audit.ipynb #c0de2504
+@patch
+def after_phase(self: Audit):
+    "Compare with the state that `before_phase` noted."
+    after = tensors_of(self.model)
+    self.last, self.last_task = {k: v.detach().clone() for k, v in after.items()}, self.learn.task
+    moved = {k: v != after[k] for k, v in self.before.items()}
+    changed = {k for k, m in moved.items() if m.any()}
+    own = {k for k, _ in self.model.named_buffers() if k.startswith(f"tasks.{self.learn.task}.")}  # statistics
+    changed -= own
+    partly = {k: m for k, m in self.allowed.items() if m is not None}
+    beyond = {k for k in changed if k not in self.allowed or k in partly and (moved[k] & ~partly[k]).any()}
+    if beyond:
+        self.refuse("changed", beyond)
+    if self.trained and changed != set(self.allowed) and not self.model.may_rest:
+        self.refuse("may train, but left as they were,", set(self.allowed) - changed)
+    self.changed.append(changed)
