@@ -175,6 +175,7 @@ def test_twelve_bits_in_color_are_refused():
     levels = np.linspace(0, 1, 16 * 16 * 3).reshape(16, 16, 3)
     with pytest.raises(BadInput, match="uses the lowest 12"):
         read_photo(png_of_sixteen_bits((levels * 4095).astype("uint16")), 16)
+    assert read_photo(png_of_sixteen_bits((levels * 4096).astype("uint16")), 16).max() == 16  # thirteen bits
     assert read_photo(png_of_sixteen_bits((levels * 65535).astype("uint16")), 16).max() == 255
     assert not read_photo(png_of_sixteen_bits(np.zeros((16, 16, 3), "uint16")), 16).any()  # black is black
 

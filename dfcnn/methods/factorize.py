@@ -453,7 +453,7 @@ def make_room(self: FactorizedNetwork, state: dict) -> None:
         raise BadInput(f"The state holds the tasks {', '.join(names) or '(none)'}, but the network has {', '.join(self.names)}.")
     for t in range(len(self.tasks)):
         self.check_classes(t, int(state[f"tasks.{t}.classes"]))
-    self.set_origin(self.start)  # tasks may be added, since the state brings their values
+    self.reset_origin()  # tasks may be added, since the state brings their values
     for t in range(len(self.tasks), len(names)):
         self.add_task(names[t], int(state[f"tasks.{t}.classes"]))
     state.setdefault("origin", self.origin.clone())
@@ -473,13 +473,13 @@ def note_origin(
         h.update(name.encode())
         h.update(value.detach().cpu().double().contiguous().numpy().tobytes())
     self.start = h.digest()[:8]
-    self.set_origin(self.start)
+    self.reset_origin()
 
 
 @patch
-def set_origin(self: FactorizedNetwork, start: bytes) -> None:
-    "Note what the tasks that are there started from."
-    self.origin.copy_(torch.frombuffer(bytearray(start), dtype=torch.uint8))
+def reset_origin(self: FactorizedNetwork) -> None:
+    "Note that the tasks that are there started from what new ones start from."
+    self.origin.copy_(torch.frombuffer(bytearray(self.start), dtype=torch.uint8))
 
 
 # %% ../../nbs/18_factorize.ipynb #88aa20b8
